@@ -1,0 +1,81 @@
+"""What one stage hands to the next: a sample, its turns, and a batch of packed rows.
+
+Legend of the shape letters used in names and docstrings all over the project:
+
+    T  tokens of a flat micro-batch (its rows laid end to end); after the cut, of one share of it
+    D  documents in a micro-batch, the tail pads counted
+    S  samples of a store          N  turns of a sample          R  rows of a plan
+    H  query heads on this rank    G  key/value heads on this rank
+    E  size of a query/key head    F  size of a value head       V  vocabulary
+
+A turn travels as four int32 numbers, ``TURN_FIELDS``. Its start counts *unshifted* tokens: token
+``start`` is the first one trained, so the logits at ``start - 1`` predict it. A turn never starts
+at 0, because nothing predicts the first token of a document.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+TURN_FIELDS: Final = ("start", "num_tokens", "category_id", "message")
+"""Columns of a turn record: first trained token, trained tokens, category, index of its message."""
+
+NO_CATEGORY: Final = 0
+"""Category id of a sample that names none; it is not reported on its own."""
+
+
+class Sample(NamedTuple):
+    """A tokenized conversation.
+
+    Attributes:
+        tokens: int32 [L]. Token ids, unshifted, without padding.
+        turns: int32 [N, 4]. One record per supervised turn, see ``TURN_FIELDS``; ascending and
+            not overlapping; ``1 <= start`` and ``start + num_tokens <= L``.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    turns: npt.NDArray[np.int32]
+
+
+class SFTBatch(NamedTuple):
+    """A flat micro-batch of packed rows: aligned, and shifted before it was cut.
+
+    The label at position ``t`` is the token the model must predict there. A turn's facts travel
+    with each of its labels, so that the loss needs no communication, on any share.
+
+    Attributes:
+        tokens: int64 [T]. Inputs; pad id between and behind documents.
+        labels: int64 [T]. Targets; 0 where nothing is trained (read ``turn_tokens`` first).
+        position_ids: int64 [T]. Position in the document, 0 at each border.
+        turn_tokens: int32 [T]. Labels of the turn this label belongs to, in the whole row;
+            0 where there is no label. This is also the loss mask.
+        sample_tokens: int32 [T]. Labels of the whole sample; 0 where there is no label.
+        ends_turn: bool [T]. This label is the last of its turn.
+        ends_sample: bool [T]. This label is the last of its sample.
+        category_ids: int32 [T]. Category of the turn; 0 where there is none or no label.
+        cu_seqlens: int32 [D + 1]. Aligned document borders of the whole micro-batch (global over
+            the context-parallel ranks); starts at 0.
+        cu_seqlens_unpadded: int32 [D + 1]. Running sums of the true document lengths (tail pads
+            count 0), for honest FLOP counts.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    turn_tokens: torch.Tensor
+    sample_tokens: torch.Tensor
+    ends_turn: torch.Tensor
+    ends_sample: torch.Tensor
+    category_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    cu_seqlens_unpadded: torch.Tensor
+
+
+PER_TOKEN_FIELDS: Final = SFTBatch._fields[:-2]
+"""The fields of a batch that have one entry per token, and are cut for context parallelism."""
