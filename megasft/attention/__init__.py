@@ -1,0 +1,1 @@
+"""Attention over packed rows: one function type, several backends, Megatron's adapter."""

@@ -1,0 +1,1 @@
+"""One file per `megasft` command: arguments, one call, exit code."""

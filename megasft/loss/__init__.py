@@ -1,0 +1,1 @@
+"""Per-token losses to a weighted sum, its units and the reported metrics. No Megatron."""

@@ -1,0 +1,1 @@
+"""Flags, datasets, model and forward step for Megatron's own training loop."""
