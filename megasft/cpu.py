@@ -1,0 +1,244 @@
+"""Lets Megatron, which hard-codes CUDA, run on CPUs with gloo. The only file that patches anything.
+
+Why it exists: a wrong loss in a parallel run is found by running the *same* code on two layouts
+and comparing; nobody should need eight GPUs for that. With these stand-ins the real training loop,
+schedules, optimizer and checkpoints run on a laptop: TP, PP, CP, DP and EP over gloo.
+
+What it cannot tell you: anything about speed, memory, kernels (Transformer Engine, flash attention,
+fused ops) or the rounding of bf16 on a GPU. It proves arithmetic and communication.
+
+``prepare()`` must run before Megatron is imported. It turns requests for a CUDA device into the CPU
+(a ``TorchFunctionMode``), gives ``torch.cuda`` the stand-ins Megatron asks for, and leaves
+``torch.compile`` and ``jit.script`` out, because both ask for the accelerator. On a machine with
+CUDA it patches nothing. ``skip_missing_makefile()`` is the one repair a GPU machine needs too.
+Patching beats a fork of Megatron: users run the wheel they train with. Monkey patches anywhere else
+are refused in review.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+CPU_FLAGS: Final = (
+    *("--distributed-backend", "gloo", "--transformer-impl", "local"),
+    *("--attention-backend", "unfused", "--no-masked-softmax-fusion", "--no-rope-fusion"),
+    *("--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"),
+    *("--no-persist-layer-norm", "--num-workers", "0"),
+)
+"""Megatron flags a machine without CUDA needs; set for the user, before the user's own flags."""
+
+_prepared = False
+
+
+def is_needed() -> bool:
+    """Say whether this process has no CUDA device, or runs with the stand-ins already."""
+    return _prepared or not torch.cuda.is_available()
+
+
+def prepare() -> bool:
+    """Install the stand-ins when there is no CUDA device; once, and before Megatron is imported.
+
+    Returns:
+        Whether Megatron will run on the CPU.
+    """
+    global _prepared
+    if not is_needed() or _prepared:
+        return _prepared
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _redirect_devices()
+    _stand_in_for_cuda()
+    _leave_out_compilers()
+    _accept_tensor_splits()
+    _prepared = True
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "no CUDA device: Megatron runs on the CPU with gloo; losses and gradients are real, "
+            "speed and memory say nothing about GPUs"
+        )
+    return True
+
+
+def _on_cpu(value: Any) -> Any:
+    """Turn any way to say CUDA into the CPU; leave everything else alone."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    if isinstance(value, str) and (value == "cuda" or value.startswith("cuda:")):
+        return "cpu"
+    return value
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device of every torch call.
+
+    An int is a device only where it is passed as ``device=``: ``torch.full((2,), 0)`` has ints too.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # clip_grads asserts this very name.
+            name = func(args[0])
+            return name.replace("torch.", "torch.cuda.", 1) if "cuda" not in name else name
+        if "device" in kwargs:
+            device = kwargs["device"]
+            is_index = isinstance(device, int) and not isinstance(device, bool)
+            kwargs["device"] = "cpu" if is_index else _on_cpu(device)
+        if func is torch.Tensor.to:
+            args = (args[0], *(_on_cpu(a) for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _redirect_devices() -> None:
+    # Entered for the life of the process: there is no moment at which Megatron should see CUDA.
+    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+
+
+class _Instant:
+    """A CUDA event or stream on a machine where everything has happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def __enter__(self) -> "_Instant":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+    def record_event(self, event: object = None) -> object:
+        return event or _Instant()
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    record = wait = synchronize = wait_stream = wait_event = _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@contextmanager
+def _no_stream(stream: object = None) -> Any:
+    yield
+
+
+def _stand_in_for_cuda() -> None:
+    stream = _Instant()
+    properties = SimpleNamespace(
+        name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=1, warp_size=32
+    )
+    replaced: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "current_device": _zero,
+        "device_count": lambda: 1,
+        "set_device": _nothing,
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "ipc_collect": _nothing,
+        "Event": _Instant,
+        "Stream": _Instant,
+        "current_stream": lambda *a, **k: stream,
+        "default_stream": lambda *a, **k: stream,
+        "set_stream": _nothing,
+        "stream": _no_stream,
+        "device": lambda *a, **k: nullcontext(),
+        "get_device_properties": lambda *a, **k: properties,
+        "get_device_capability": lambda *a, **k: (0, 0),
+        "get_device_name": lambda *a, **k: "CPU",
+        "mem_get_info": lambda *a, **k: (0, 0),
+        "memory_stats": lambda *a, **k: {},
+        "reset_peak_memory_stats": _nothing,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.manual_seed(seed),
+        "default_generators": (torch.default_generator,),
+        "_lazy_call": lambda callback, **k: callback(),
+        "_lazy_init": _nothing,
+        "FloatTensor": torch.FloatTensor,
+        "HalfTensor": torch.HalfTensor,
+        "BFloat16Tensor": torch.BFloat16Tensor,
+        "DoubleTensor": torch.DoubleTensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+        "ByteTensor": torch.ByteTensor,
+    }
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        replaced[name] = _zero
+    replaced["max_memory_reserved"] = _zero
+    for name, stand_in in replaced.items():
+        setattr(torch.cuda, name, stand_in)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _nothing)
+    # DataLoader would pin memory, and fail, if this said True.
+    torch.accelerator.is_available = lambda: False
+
+
+def _leave_out_compilers() -> None:
+    def as_it_is(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return function if callable(function) else (lambda wrapped: wrapped)
+
+    torch.compile = as_it_is  # type: ignore[assignment]
+    torch.jit.script = as_it_is  # type: ignore[assignment]
+
+
+def _accept_tensor_splits() -> None:
+    """Let ``all_to_all_single`` take split sizes as tensors, which gloo's does not."""
+    original = torch.distributed.all_to_all_single
+
+    def with_lists(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        out_splits, in_splits = (
+            s.tolist() if isinstance(s, torch.Tensor) else s
+            for s in (output_split_sizes, input_split_sizes)
+        )
+        return original(output, input, out_splits, in_splits, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = with_lists
+
+
+def skip_missing_makefile() -> None:
+    """Keep Megatron from running ``make`` where its wheel ships helpers_cpp built, but no Makefile.
+
+    ``pretrain()`` runs ``make`` in the package unconditionally and exits when that fails, so a run
+    from the PyPI wheel would end here on any machine. A source tree, which has the Makefile, is
+    left alone. Deletable with the first wheel that ships it (0.19.2 does not).
+    """
+    from megatron.core.datasets import utils
+
+    has_makefile = (Path(utils.__file__).parent / "Makefile").exists()
+    if not has_makefile and find_spec("megatron.core.datasets.helpers_cpp"):
+        utils.compile_helpers = _nothing

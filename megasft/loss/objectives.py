@@ -1,0 +1,55 @@
+"""What the loss is the mean of: turns, samples or tokens.
+
+With ``ce_t`` the cross entropy of label ``t``, ``n_t`` the labels of its turn and ``m_t`` those of
+its sample, over the whole global batch:
+
+    turn     Σ_t ce_t / n_t  /  number of turns      a long answer weighs what a short one weighs
+    sample   Σ_t ce_t / m_t  /  number of samples
+    token    Σ_t ce_t        /  number of labels
+
+Numerator and denominator are summed separately and divided once, by Megatron
+(``--calculate-per-token-loss``). A unit is counted on the rank that owns its last label, so counts
+add up over context-parallel shares. The per-label lengths come with the data: no communication.
+
+Source: the formula of DESIGN.md; a turn mean per packed row, or averaged over ranks, is another
+number (a turn in a row of 2 would weigh 9 x one in a row of 18).
+"""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import torch
+
+from megasft.schema import SFTBatch
+
+
+class Objective(NamedTuple):
+    """How labels are weighted and what is counted.
+
+    Attributes:
+        weights: Batch to float32 [T]: the weight of each label; 0 where there is none.
+        units: Batch to bool [T]: the labels at which a unit is counted.
+        unit: Name of a unit, for messages.
+    """
+
+    weights: Callable[[SFTBatch], torch.Tensor]
+    units: Callable[[SFTBatch], torch.Tensor]
+    unit: str
+
+
+def has_label(batch: SFTBatch) -> torch.Tensor:
+    """Return bool [T]: where there is a label to train on."""
+    return batch.turn_tokens > 0
+
+
+def _one_per(lengths: torch.Tensor) -> torch.Tensor:
+    """Return float32 [T]: 1 / length, and 0 where the length is 0."""
+    return torch.where(lengths > 0, 1.0 / lengths.clamp(min=1).float(), 0.0)
+
+
+OBJECTIVES: Final[dict[str, Objective]] = {
+    "turn": Objective(lambda b: _one_per(b.turn_tokens), lambda b: b.ends_turn, "turns"),
+    "sample": Objective(lambda b: _one_per(b.sample_tokens), lambda b: b.ends_sample, "samples"),
+    "token": Objective(lambda b: has_label(b).float(), has_label, "label tokens"),
+}
+"""``--megasft-loss NAME``."""

@@ -1,0 +1,84 @@
+"""Entry point: ``torchrun -m megasft.pretrain_sft <any Megatron flag> --megasft-data STORE ...``.
+
+Megatron's own ``pretrain()`` does the training; this file parses, checks, plans and hands over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megasft import cpu
+from megasft.errors import MegasftError
+
+logger = logging.getLogger("megasft")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train with Megatron's flags and ours.
+
+    Args:
+        argv: Command-line flags, without the program's name.
+
+    Raises:
+        MegasftError: Flags, data or model do not fit; nothing has been started then.
+    """
+    cpu.prepare()
+    cpu.skip_missing_makefile()
+    # Megatron is imported after the stand-ins are in place.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from megasft.training import arguments, datasets
+    from megasft.training.forward_step import forward_step_func
+    from megasft.training.model import model_config
+
+    args: Any = arguments.parse(argv)
+    arguments.check(args)
+    data = datasets.open_data(args)
+    validate_args(args)
+    datasets.set_eval_iters(args, data)
+    datasets.announce(args, data)
+    set_global_variables(args)
+
+    config = pretrain_cfg_container_from_args(args, model_config(args))
+    pretrain(
+        config,
+        datasets.datasets_provider(args, data),
+        ModelType.encoder_or_decoder,
+        forward_step_func(args),
+    )
+
+
+def configure_logging(*, rank: int) -> None:
+    """Print megasft's own lines on rank 0, and warnings of other ranks not at all."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[megasft] %(message)s"))
+    logger.handlers[:] = [handler] if rank == 0 else [logging.NullHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and turn a user's fault into one message on rank 0 and exit code 1."""
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(rank=rank)
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except MegasftError as error:
+        if rank == 0:
+            logger.error("error: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # Checkpoint writers are spawned and import this module again: the guard is what stops them
+    # from training twice.
+    sys.exit(main())

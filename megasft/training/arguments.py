@@ -1,0 +1,206 @@
+"""megasft's flags beside Megatron's, what is set for the user, and what is refused.
+
+Every Megatron flag works, because Megatron parses it; ours start with ``--megasft-``. Flags reach
+the parser in this order, so that the user has the last word: what a CPU needs, our defaults, the
+model's flags written by the conversion, the user's own.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from megasft import cpu
+from megasft.compat import has
+from megasft.errors import FlagError
+from megasft.loss.objectives import OBJECTIVES
+from megasft.store import TokenStore
+
+MODEL_FILE: Final = "megasft_model.json"
+"""What the conversion writes beside a checkpoint: the model's Megatron flags."""
+
+DEFAULT_FLAGS: Final = (
+    *("--dataloader-type", "single", "--no-create-attention-mask-in-dataloader"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--ckpt-format", "torch_dist"),
+    *("--dist-ckpt-optim-fully-reshardable", "--tokenizer-type", "NullTokenizer"),
+)
+"""Megatron defaults that do not fit fine-tuning: its dropout is 0.1, and its optimizer checkpoint
+loads only at the layout that saved it."""
+
+ATTENTION_CHOICES: Final = ("auto", "te", "sdpa", "reference")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--megasft-`` flags; Megatron calls this ``extra_args_provider``."""
+    group = parser.add_argument_group("megasft", "supervised fine-tuning on packed rows")
+    group.add_argument(
+        "--megasft-data", type=Path, metavar="STORE", help="token store made by `megasft build`"
+    )
+    group.add_argument(
+        "--megasft-valid-data",
+        type=Path,
+        metavar="STORE",
+        help="second store; the whole of it is evaluated every --eval-interval steps",
+    )
+    group.add_argument(
+        "--megasft-hf",
+        type=Path,
+        metavar="CKPT",
+        help="folder written by `megasft convert hf-to-megatron`: gives the model's flags, and the "
+        "weights to start from (--pretrained-checkpoint) unless --load holds a checkpoint",
+    )
+    group.add_argument(
+        "--megasft-loss",
+        choices=sorted(OBJECTIVES),
+        default="turn",
+        help="what the loss is the mean of over the global batch (default: turn)",
+    )
+    group.add_argument(
+        "--megasft-dft-alpha",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="weight each label by A * p + 1 - A, p its own probability; 0 is plain cross entropy, "
+        "1 is dynamic fine-tuning as published (default: 0)",
+    )
+    group.add_argument(
+        "--megasft-attention",
+        choices=ATTENTION_CHOICES,
+        default="auto",
+        help="te: Transformer Engine; sdpa: torch, CPU and GPU; reference: dense float32, slow; "
+        "auto is te with --transformer-impl transformer_engine, else sdpa. With context "
+        "parallelism sdpa and reference gather keys and values",
+    )
+    group.add_argument(
+        "--megasft-plan-cache",
+        type=Path,
+        metavar="DIR",
+        help="where row plans are kept (default: row_plans in the store)",
+    )
+    return parser
+
+
+def assemble_argv(user_argv: Sequence[str]) -> list[str]:
+    """Put everything that is set for the user before the user's own flags.
+
+    Raises:
+        FlagError: ``--megasft-hf`` names a folder without a model file.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--megasft-hf", type=Path)
+    early.add_argument("--pretrained-checkpoint")
+    early.add_argument("--transformer-impl")
+    known, _ = early.parse_known_args(list(user_argv))
+    flags: list[str] = [*DEFAULT_FLAGS]
+    if cpu.is_needed():
+        flags += cpu.CPU_FLAGS
+    elif known.transformer_impl is None and not has("transformer_engine"):
+        flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
+    if known.megasft_hf:
+        flags += _model_flags(known.megasft_hf)
+        if known.pretrained_checkpoint is None:
+            flags += ["--pretrained-checkpoint", str(known.megasft_hf)]
+    return flags + list(user_argv)
+
+
+def _model_flags(folder: Path) -> list[str]:
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise FlagError(
+            f"--megasft-hf {folder} has no {MODEL_FILE}; make the folder with "
+            f"`megasft convert hf-to-megatron --hf HF_DIR --output {folder}`"
+        )
+    return [str(flag) for flag in orjson.loads(path.read_bytes())["flags"]]
+
+
+def check(args: Any) -> None:
+    """Refuse flags that would make the loss something else than its name says.
+
+    Raises:
+        FlagError: With the fact and the remedy.
+    """
+    if args.megasft_data is None:
+        raise FlagError("--megasft-data STORE is missing; make a store with `megasft build`")
+    if not args.calculate_per_token_loss:
+        raise FlagError(
+            f"without --calculate-per-token-loss Megatron divides every micro-batch by its own "
+            f"count, so the {args.megasft_loss} mean would not be global; add the flag"
+        )
+    if not 0.0 <= args.megasft_dft_alpha <= 1.0:
+        raise FlagError(f"--megasft-dft-alpha is {args.megasft_dft_alpha}; it must lie in [0, 1]")
+    without_effect = {
+        "--sft": args.sft,
+        "--data-path": args.data_path,
+        "--mock-data": args.mock_data,
+        "--train-data-path": args.train_data_path,
+        "--valid-data-path": args.valid_data_path,
+        "--full-validation": args.full_validation,
+    }
+    given = [flag for flag, value in without_effect.items() if value]
+    if given:
+        raise FlagError(
+            f"{', '.join(given)} and megasft's data exclude each other; drop it, rows come from "
+            "--megasft-data and --megasft-valid-data"
+        )
+    if args.dataloader_type not in (None, "single"):
+        raise FlagError(
+            f"--dataloader-type {args.dataloader_type} would shuffle the row plan once more; drop "
+            "it, the plan is shuffled by --seed each epoch"
+        )
+    _check_attention(args)
+
+
+def _check_attention(args: Any) -> None:
+    wants_te, has_te_spec = args.megasft_attention == "te", uses_te_spec(args)
+    if has_te_spec and not has("transformer_engine"):
+        raise FlagError(
+            "--transformer-impl transformer_engine, and Transformer Engine is not installed; "
+            "pip install megasft[te], or pass --transformer-impl local"
+        )
+    if wants_te and not has_te_spec:
+        raise FlagError(
+            "--megasft-attention te needs --transformer-impl transformer_engine; on a CPU use sdpa"
+        )
+
+
+def uses_te_spec(args: Any) -> bool:
+    """Say whether the layers are Transformer Engine's."""
+    return str(args.transformer_impl) == "transformer_engine"
+
+
+def attention_backend(args: Any) -> str | None:
+    """Return the name of our backend, or None when Transformer Engine attends."""
+    if args.megasft_attention == "auto":
+        return None if uses_te_spec(args) else "sdpa"
+    return None if args.megasft_attention == "te" else str(args.megasft_attention)
+
+
+def set_vocabulary(args: Any, store: TokenStore) -> None:
+    """Take the vocabulary from the store when no model flag set it, and check that ids fit.
+
+    Raises:
+        FlagError: The store holds ids the model has no row for.
+    """
+    vocab_size = int(store.meta["vocab_size"])
+    if args.vocab_size is None:
+        args.vocab_size = vocab_size
+    model_size = args.padded_vocab_size or args.vocab_size
+    if vocab_size > model_size:
+        raise FlagError(
+            f"{store.path} was tokenized with {vocab_size:,} ids, the model has {model_size:,}; "
+            "build the store with the model's own tokenizer"
+        )
+
+
+def parse(user_argv: Sequence[str]) -> Any:
+    """Parse Megatron's flags and ours; validation comes later (``pretrain_sft``)."""
+    from megatron.training.arguments import parse_args
+
+    previous, sys.argv = sys.argv, [sys.argv[0], *assemble_argv(user_argv)]
+    try:
+        return parse_args(add_arguments)
+    finally:
+        sys.argv = previous

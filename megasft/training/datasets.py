@@ -1,0 +1,138 @@
+"""Stores and row plans of a run, and the datasets Megatron's loop asks for.
+
+Plans are made before Megatron starts: what cannot be packed should fail before a model is built.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from megasft.batch.dataset import PackedRows, RowShape, WholeSet
+from megasft.cp_layout import alignment
+from megasft.errors import FlagError
+from megasft.packing.order import RowOrder
+from megasft.packing.plan import RowPlan, plan_rows
+from megasft.store import TokenStore, open_store
+from megasft.training.arguments import set_vocabulary
+
+logger = logging.getLogger(__name__)
+
+ENDLESS: Final = 2**48
+"""Length of a validation dataset: passes follow each other for as long as the run lasts."""
+
+
+class PlannedStore(NamedTuple):
+    """A store and its rows at this run's sequence length and layout."""
+
+    store: TokenStore
+    plan: RowPlan
+
+
+class RunData(NamedTuple):
+    """What a run trains and validates on."""
+
+    train: PlannedStore
+    valid: PlannedStore | None
+
+
+def open_data(args: Any) -> RunData:
+    """Open the stores of a run and plan their rows.
+
+    Raises:
+        StoreError: A store is missing or damaged.
+        PlanError: Rows cannot be made with these sizes.
+        FlagError: The store's tokenizer does not fit the model.
+    """
+    train = _plan(args, args.megasft_data)
+    valid = _plan(args, args.megasft_valid_data) if args.megasft_valid_data else None
+    return RunData(train, valid)
+
+
+def _plan(args: Any, path: Path) -> PlannedStore:
+    store = open_store(path)
+    set_vocabulary(args, store)
+    document, row = alignment(
+        cp_size=args.context_parallel_size,
+        tp_size=args.tensor_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+    )
+    if args.seq_length % row:
+        raise FlagError(
+            f"--seq-length {args.seq_length} is not a multiple of {row}, which TP "
+            f"{args.tensor_model_parallel_size} x CP {args.context_parallel_size} needs; "
+            f"set it to {-(-args.seq_length // row) * row}"
+        )
+    plan = plan_rows(
+        store,
+        row_tokens=args.seq_length,
+        align_tokens=document,
+        seed=args.seed,
+        cache=args.megasft_plan_cache,
+    )
+    return PlannedStore(store, plan)
+
+
+def announce(args: Any, data: RunData) -> None:
+    """Say what an epoch holds before the first step, and what was left out."""
+    named = (("train", data.train), ("validation", data.valid))
+    for name, planned in named:
+        if planned is None:
+            continue
+        size = args.global_batch_size if name == "train" else args.eval_global_batch_size
+        logger.info("%s: %s", name, planned.plan.summary(global_batch_size=size))
+        too_long = planned.plan.too_long
+        if len(too_long):
+            lost = int(planned.store.tokens.lengths[too_long].sum())
+            logger.warning(
+                "%s: %d of %d samples are longer than --seq-length %d and are left out "
+                "(%d tokens, the longest sample has %d; first: %s)",
+                *(name, len(too_long), len(planned.store), planned.plan.row_tokens, lost),
+                int(planned.store.tokens.lengths[too_long].max()),
+                planned.store.source_line(int(too_long[0])),
+            )
+
+
+def set_eval_iters(args: Any, data: RunData) -> None:
+    """Make every evaluation cover the whole validation store, whatever its size."""
+    if data.valid is None:
+        args.eval_iters = 0
+    else:
+        args.eval_iters = -(-len(data.valid.plan) // args.eval_global_batch_size)
+
+
+def datasets_provider(
+    args: Any, data: RunData
+) -> Callable[[Any], tuple[PackedRows, PackedRows | None, None]]:
+    """Return what Megatron calls for its train, validation and test datasets."""
+
+    def provide(num_samples: Any) -> tuple[PackedRows, PackedRows | None, None]:
+        from megatron.core import mpu
+
+        def rows(planned: PlannedStore, order: RowOrder | WholeSet, length: int) -> PackedRows:
+            shape = RowShape(
+                row_tokens=planned.plan.row_tokens,
+                align_tokens=planned.plan.align_tokens,
+                pad_token=_pad_token(planned.store),
+                cp_rank=mpu.get_context_parallel_rank(),
+                cp_size=mpu.get_context_parallel_world_size(),
+            )
+            return PackedRows(planned.store, planned.plan.rows, order, length=length, shape=shape)
+
+        order = RowOrder(num_rows=len(data.train.plan), seed=args.seed)
+        train = rows(data.train, order, int(num_samples[0]))
+        if data.valid is None:
+            return train, None, None
+        period = args.eval_iters * args.eval_global_batch_size
+        whole = WholeSet(num_rows=len(data.valid.plan), period=period)
+        return train, rows(data.valid, whole, ENDLESS), None
+
+    # Every rank builds its dataset: nothing is broadcast over tensor-parallel ranks.
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    return provide
+
+
+def _pad_token(store: TokenStore) -> int:
+    """Return the id gaps are filled with: any valid id will do, masks go by position."""
+    pad = store.meta.get("special_tokens", {}).get("pad")
+    return int(pad) if pad is not None else 0
