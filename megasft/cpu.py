@@ -135,12 +135,13 @@ class _Instant:
     record = wait = synchronize = wait_stream = wait_event = _nothing
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _returning(value: Any) -> Callable[..., Any]:
+    """Return a new function with a constant result; dynamo wants one function per torch name."""
 
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return value
 
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+    return stand_in
 
 
 @contextmanager
@@ -154,34 +155,34 @@ def _stand_in_for_cuda() -> None:
         name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=1, warp_size=32
     )
     replaced: dict[str, Any] = {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "current_device": _zero,
-        "device_count": lambda: 1,
-        "set_device": _nothing,
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
-        "ipc_collect": _nothing,
+        "is_available": _returning(True),
+        "is_initialized": _returning(True),
+        "current_device": _returning(0),
+        "device_count": _returning(1),
+        "set_device": _returning(None),
+        "synchronize": _returning(None),
+        "empty_cache": _returning(None),
+        "ipc_collect": _returning(None),
         "Event": _Instant,
         "Stream": _Instant,
-        "current_stream": lambda *a, **k: stream,
-        "default_stream": lambda *a, **k: stream,
-        "set_stream": _nothing,
+        "current_stream": _returning(stream),
+        "default_stream": _returning(stream),
+        "set_stream": _returning(None),
         "stream": _no_stream,
-        "device": lambda *a, **k: nullcontext(),
-        "get_device_properties": lambda *a, **k: properties,
-        "get_device_capability": lambda *a, **k: (0, 0),
-        "get_device_name": lambda *a, **k: "CPU",
-        "mem_get_info": lambda *a, **k: (0, 0),
-        "memory_stats": lambda *a, **k: {},
-        "reset_peak_memory_stats": _nothing,
+        "device": _returning(nullcontext()),
+        "get_device_properties": _returning(properties),
+        "get_device_capability": _returning((0, 0)),
+        "get_device_name": _returning("CPU"),
+        "mem_get_info": _returning((0, 0)),
+        "memory_stats": _returning({}),
+        "reset_peak_memory_stats": _returning(None),
         "get_rng_state": lambda *a, **k: torch.get_rng_state(),
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
-        "manual_seed": lambda seed: torch.manual_seed(seed),
-        "manual_seed_all": lambda seed: torch.manual_seed(seed),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
         "default_generators": (torch.default_generator,),
         "_lazy_call": lambda callback, **k: callback(),
-        "_lazy_init": _nothing,
+        "_lazy_init": _returning(None),
         "FloatTensor": torch.FloatTensor,
         "HalfTensor": torch.HalfTensor,
         "BFloat16Tensor": torch.BFloat16Tensor,
@@ -191,14 +192,16 @@ def _stand_in_for_cuda() -> None:
         "ByteTensor": torch.ByteTensor,
     }
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
-        replaced[name] = _zero
-    replaced["max_memory_reserved"] = _zero
+        replaced[name] = _returning(0)
+    replaced["max_memory_reserved"] = _returning(0)
     for name, stand_in in replaced.items():
         setattr(torch.cuda, name, stand_in)
+        if name.endswith("rng_state"):
+            setattr(torch.cuda.random, name, stand_in)
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _nothing)
+        setattr(torch.cuda.nvtx, name, _returning(None))
     # DataLoader would pin memory, and fail, if this said True.
-    torch.accelerator.is_available = lambda: False
+    torch.accelerator.is_available = _returning(False)
 
 
 def _leave_out_compilers() -> None:
@@ -241,4 +244,4 @@ def skip_missing_makefile() -> None:
 
     has_makefile = (Path(utils.__file__).parent / "Makefile").exists()
     if not has_makefile and find_spec("megatron.core.datasets.helpers_cpp"):
-        utils.compile_helpers = _nothing
+        utils.compile_helpers = _returning(None)

@@ -35,13 +35,14 @@ def run(argv: Sequence[str]) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megasft.training import arguments, datasets
+    from megasft.training import arguments, datasets, resume
     from megasft.training.forward_step import forward_step_func
     from megasft.training.model import model_config
 
     args: Any = arguments.parse(argv)
     arguments.check(args)
     data = datasets.open_data(args)
+    resume.check(args, data.train.plan.identity)
     validate_args(args)
     datasets.set_eval_iters(args, data)
     datasets.announce(args, data)

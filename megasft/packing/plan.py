@@ -38,6 +38,7 @@ class RowPlan:
         labels: int64 [R]. Label tokens of each row.
         tokens: int64 [R]. True tokens of each row, padding not counted.
         too_long: int64. Samples that fit no row and are left out.
+        identity: Everything the rows depend on, readable; a run resumes on no other plan.
     """
 
     rows: Rows
@@ -47,6 +48,7 @@ class RowPlan:
     labels: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
     too_long: npt.NDArray[np.int64]
+    identity: str
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,21 +97,22 @@ def plan_rows(
         )
     kept = np.flatnonzero(fits)
     folder = cache or store.path / "row_plans"
-    key = _key(store, row_tokens, align_tokens, seed)
-    rows = _read(folder / f"{key}.npz", num_samples=len(kept))
+    identity = _identity(store, row_tokens, align_tokens, seed)
+    cached = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
+    rows = _read(cached, num_samples=len(kept))
     if rows is None:
         packed = best_fit(
             lengths[kept], row_tokens=row_tokens, align_tokens=align_tokens, seed=seed
         )
         rows = Rows(kept[packed.samples], packed.borders)
-        _write(folder / f"{key}.npz", rows)
+        _write(cached, rows)
     per_sample = _turns_and_labels(store)
     turns, labels, tokens = (
         np.add.reduceat(values[rows.samples], rows.borders[:-1])
         for values in (*per_sample, lengths)
     )
     return RowPlan(
-        rows, row_tokens, align_tokens, turns, labels, tokens, too_long=np.flatnonzero(~fits)
+        rows, row_tokens, align_tokens, turns, labels, tokens, np.flatnonzero(~fits), identity
     )
 
 
@@ -122,10 +125,11 @@ def _turns_and_labels(store: TokenStore) -> tuple[npt.NDArray[np.int64], npt.NDA
     return np.diff(turn_borders), np.diff(running[turn_borders])
 
 
-def _key(store: TokenStore, row_tokens: int, align_tokens: int, seed: int) -> str:
-    facts = (PLAN_VERSION, "best_fit", store.fingerprint, len(store), row_tokens)
-    text = repr((*facts, align_tokens, seed))
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+def _identity(store: TokenStore, row_tokens: int, align_tokens: int, seed: int) -> str:
+    return (
+        f"plan version {PLAN_VERSION}, best_fit, store {store.fingerprint}, {len(store)} samples, "
+        f"row_tokens {row_tokens}, align_tokens {align_tokens}, seed {seed}"
+    )
 
 
 def _read(path: Path, *, num_samples: int) -> Rows | None:

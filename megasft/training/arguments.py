@@ -36,18 +36,17 @@ ATTENTION_CHOICES: Final = ("auto", "te", "sdpa", "reference")
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--megasft-`` flags; Megatron calls this ``extra_args_provider``."""
     group = parser.add_argument_group("megasft", "supervised fine-tuning on packed rows")
+    # Paths stay strings: Megatron saves its flags in checkpoints and loads plain types only.
     group.add_argument(
-        "--megasft-data", type=Path, metavar="STORE", help="token store made by `megasft build`"
+        "--megasft-data", metavar="STORE", help="token store made by `megasft build`"
     )
     group.add_argument(
         "--megasft-valid-data",
-        type=Path,
         metavar="STORE",
         help="second store; the whole of it is evaluated every --eval-interval steps",
     )
     group.add_argument(
         "--megasft-hf",
-        type=Path,
         metavar="CKPT",
         help="folder written by `megasft convert hf-to-megatron`: gives the model's flags, and the "
         "weights to start from (--pretrained-checkpoint) unless --load holds a checkpoint",
@@ -75,8 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "parallelism sdpa and reference gather keys and values",
     )
     group.add_argument(
+        "--megasft-align-tokens",
+        type=int,
+        default=8,
+        metavar="N",
+        help="pad every document to a multiple of N, and of what context parallelism needs "
+        "(2 x CP). Rows depend on it, so the default gives the same rows on every layout up to "
+        "CP 4 and a run can resume on another one (default: 8)",
+    )
+    group.add_argument(
         "--megasft-plan-cache",
-        type=Path,
         metavar="DIR",
         help="where row plans are kept (default: row_plans in the store)",
     )
@@ -131,6 +138,8 @@ def check(args: Any) -> None:
         )
     if not 0.0 <= args.megasft_dft_alpha <= 1.0:
         raise FlagError(f"--megasft-dft-alpha is {args.megasft_dft_alpha}; it must lie in [0, 1]")
+    if args.megasft_align_tokens < 1:
+        raise FlagError(f"--megasft-align-tokens is {args.megasft_align_tokens}; the least is 1")
     without_effect = {
         "--sft": args.sft,
         "--data-path": args.data_path,

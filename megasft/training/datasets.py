@@ -4,6 +4,7 @@ Plans are made before Megatron starts: what cannot be packed should fail before 
 """
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -49,7 +50,7 @@ def open_data(args: Any) -> RunData:
     return RunData(train, valid)
 
 
-def _plan(args: Any, path: Path) -> PlannedStore:
+def _plan(args: Any, path: str) -> PlannedStore:
     store = open_store(path)
     set_vocabulary(args, store)
     document, row = alignment(
@@ -57,18 +58,21 @@ def _plan(args: Any, path: Path) -> PlannedStore:
         tp_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
+    align_tokens = math.lcm(document, args.megasft_align_tokens)
+    row = math.lcm(row, align_tokens)
     if args.seq_length % row:
         raise FlagError(
             f"--seq-length {args.seq_length} is not a multiple of {row}, which TP "
-            f"{args.tensor_model_parallel_size} x CP {args.context_parallel_size} needs; "
-            f"set it to {-(-args.seq_length // row) * row}"
+            f"{args.tensor_model_parallel_size} x CP {args.context_parallel_size} and "
+            f"--megasft-align-tokens {args.megasft_align_tokens} need; set it to "
+            f"{-(-args.seq_length // row) * row}"
         )
     plan = plan_rows(
         store,
         row_tokens=args.seq_length,
-        align_tokens=document,
+        align_tokens=align_tokens,
         seed=args.seed,
-        cache=args.megasft_plan_cache,
+        cache=Path(args.megasft_plan_cache) if args.megasft_plan_cache else None,
     )
     return PlannedStore(store, plan)
 

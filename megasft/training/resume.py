@@ -1,0 +1,54 @@
+"""Refuses to resume a run on rows other than those it was started with.
+
+The position of a run is one integer, Megatron's consumed samples; it means something only on the
+same row plan. So the plan's identity is saved with Megatron's flags in each checkpoint and compared
+before anything is loaded. The layout (TP, PP, DP, CP) is free: rows do not depend on it as long as
+``--megasft-align-tokens`` covers the context parallelism.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+from megasft.errors import FlagError
+
+TRACKER: Final = "latest_checkpointed_iteration.txt"
+
+
+def check(args: Any, plan_identity: str) -> None:
+    """Compare this run's row plan with the one of the checkpoint it will load, and remember it.
+
+    Args:
+        args: Megatron's flags; ``megasft_plan`` is set, so that checkpoints carry it.
+        plan_identity: ``RowPlan.identity`` of the training store.
+
+    Raises:
+        FlagError: The checkpoint was trained on other rows.
+    """
+    args.megasft_plan = plan_identity
+    saved = None if args.finetune else _saved_identity(args)
+    if saved is None or saved == plan_identity:
+        return
+    theirs, ours = saved.split(", "), plan_identity.split(", ")
+    differences = "; ".join(
+        f"checkpoint: {a}, this run: {b}" for a, b in zip(theirs, ours, strict=False) if a != b
+    )
+    raise FlagError(
+        f"--load {args.load} was trained on other rows ({differences}), so its position means "
+        "nothing here; use the same store, --seq-length, --seed and --megasft-align-tokens, or "
+        "start anew from its weights with --finetune"
+    )
+
+
+def _saved_identity(args: Any) -> str | None:
+    from megatron.core import dist_checkpointing
+
+    if not args.load or not (Path(args.load) / TRACKER).is_file():
+        return None
+    newest = (Path(args.load) / TRACKER).read_text().strip()
+    iteration = args.ckpt_step or newest
+    if iteration == "release":
+        return None
+    folder = Path(args.load) / f"iter_{int(iteration):07d}"
+    saved_args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
+    identity = getattr(saved_args, "megasft_plan", None)
+    return None if identity is None else str(identity)
