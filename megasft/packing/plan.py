@@ -9,9 +9,11 @@ on (store fingerprint, sizes, seed); a file made for anything else is not read b
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -87,13 +89,15 @@ def plan_rows(
             f"set --seq-length to {row_tokens - row_tokens % align_tokens} or "
             f"{row_tokens + align_tokens - row_tokens % align_tokens}"
         )
+    if not len(store):
+        raise PlanError(f"{store.path} holds no samples")
     lengths = store.tokens.lengths.astype(np.int64)
     padded = -(-lengths // align_tokens) * align_tokens
     fits = padded <= row_tokens
     if not fits.any():
         raise PlanError(
             f"none of the {len(store):,} samples of {store.path} fits a row of {row_tokens} "
-            f"tokens (the shortest has {int(lengths.min(initial=0))}); raise --seq-length"
+            f"tokens (the shortest has {int(lengths.min())}); raise --seq-length"
         )
     kept = np.flatnonzero(fits)
     folder = cache or store.path / "row_plans"
@@ -136,7 +140,7 @@ def _read(path: Path, *, num_samples: int) -> Rows | None:
     try:
         with np.load(path) as saved:
             rows = Rows(saved["samples"], saved["borders"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None  # absent or cut short: it is made again
     return rows if len(rows.samples) == num_samples == rows.borders[-1] else None
 
@@ -150,4 +154,5 @@ def _write(path: Path, rows: Rows) -> None:
         temporary.replace(path)
     except OSError as error:
         logger.warning("row plan not cached (%s); it will be computed again next time", error)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

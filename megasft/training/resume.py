@@ -6,10 +6,14 @@ before anything is loaded. The layout (TP, PP, DP, CP) is free: rows do not depe
 ``--megasft-align-tokens`` covers the context parallelism.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Final
 
+from megasft.compat import has
 from megasft.errors import FlagError
+
+logger = logging.getLogger(__name__)
 
 TRACKER: Final = "latest_checkpointed_iteration.txt"
 
@@ -25,6 +29,7 @@ def check(args: Any, plan_identity: str) -> None:
         FlagError: The checkpoint was trained on other rows.
     """
     args.megasft_plan = plan_identity
+    _check_optimizer(args)
     saved = None if args.finetune else _saved_identity(args)
     if saved is None or saved == plan_identity:
         return
@@ -39,10 +44,28 @@ def check(args: Any, plan_identity: str) -> None:
     )
 
 
+def _check_optimizer(args: Any) -> None:
+    """Catch what Megatron 0.19 cannot load back: its distributed optimizer over torch's Adam."""
+    if not args.use_distributed_optimizer or has("transformer_engine") or has("apex"):
+        return
+    fact = (
+        "without Transformer Engine or Apex, Megatron 0.19 cannot load a checkpoint of "
+        "--use-distributed-optimizer (it asserts that torch's Adam has a step count already)"
+    )
+    if _has_checkpoint(args) and not (args.finetune or args.no_load_optim):
+        raise FlagError(f"{fact}; drop the flag, or pass --no-load-optim to start it anew")
+    if args.save:
+        logger.warning("%s; a run saved to %s will not resume with its moments", fact, args.save)
+
+
+def _has_checkpoint(args: Any) -> bool:
+    return bool(args.load) and (Path(args.load) / TRACKER).is_file()
+
+
 def _saved_identity(args: Any) -> str | None:
     from megatron.core import dist_checkpointing
 
-    if not args.load or not (Path(args.load) / TRACKER).is_file():
+    if not _has_checkpoint(args):
         return None
     newest = (Path(args.load) / TRACKER).read_text().strip()
     iteration = args.ckpt_step or newest

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megasft.errors import PlanError
+from megasft.packing.plan import plan_rows
+from tests.stores import random_samples, sample, write_store
+
+
+def test_a_plan_knows_what_each_row_holds(tmp_path: Path) -> None:
+    samples = random_samples(50, seed=1)
+    store = write_store(tmp_path / "store", samples)
+
+    plan = plan_rows(store, row_tokens=64, align_tokens=4, seed=0)
+
+    for r in range(len(plan)):
+        inside = [samples[i] for i in plan.rows[r]]
+        assert plan.turns[r] == sum(len(s.turns) for s in inside)
+        assert plan.labels[r] == sum(int(s.turns[:, 1].sum()) for s in inside)
+        assert plan.tokens[r] == sum(len(s.tokens) for s in inside)
+    assert plan.turns.sum() == sum(len(s.turns) for s in samples)
+
+
+def test_samples_longer_than_a_row_are_named_and_the_rest_is_kept(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [sample([1] * n, (1, 1)) for n in (4, 9, 7, 8, 20)])
+
+    plan = plan_rows(store, row_tokens=8, align_tokens=1, seed=0)
+
+    assert plan.too_long.tolist() == [1, 4]
+    assert sorted(plan.rows.samples.tolist()) == [0, 2, 3]
+
+
+def test_a_cached_plan_is_read_back_only_for_what_it_was_made_for(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(50, seed=1))
+    made = plan_rows(store, row_tokens=64, align_tokens=4, seed=0)
+    (cached,) = (tmp_path / "store" / "row_plans").glob("*.npz")
+    poisoned = made.rows.samples[::-1].copy()
+    np.savez(cached, samples=poisoned, borders=made.rows.borders)
+
+    same = plan_rows(store, row_tokens=64, align_tokens=4, seed=0)
+    others = [
+        plan_rows(store, row_tokens=128, align_tokens=4, seed=0),
+        plan_rows(store, row_tokens=64, align_tokens=8, seed=0),
+        plan_rows(store, row_tokens=64, align_tokens=4, seed=1),
+        plan_rows(
+            write_store(tmp_path / "store", random_samples(50, seed=2)),
+            row_tokens=64,
+            align_tokens=4,
+            seed=0,
+        ),
+    ]
+
+    assert same.rows.samples.tolist() == poisoned.tolist()  # it was read, not made again
+    assert all(o.rows.samples.tolist() != poisoned.tolist() for o in others)
+    assert len({o.identity for o in [made, *others]}) == 5
+
+
+def test_a_plan_cut_short_is_made_again(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(50, seed=1))
+    made = plan_rows(store, row_tokens=64, align_tokens=4, seed=0)
+    (cached,) = (tmp_path / "store" / "row_plans").glob("*.npz")
+    cached.write_bytes(cached.read_bytes()[:100])
+
+    again = plan_rows(store, row_tokens=64, align_tokens=4, seed=0)
+
+    assert again.rows.samples.tolist() == made.rows.samples.tolist()
+
+
+def test_a_store_that_cannot_be_written_to_still_gives_a_plan(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(5, seed=1))
+    (tmp_path / "file").write_text("not a folder")
+
+    plan = plan_rows(store, row_tokens=64, align_tokens=1, seed=0, cache=tmp_path / "file")
+
+    assert len(plan.rows.samples) == 5
+
+
+def test_sizes_that_make_no_rows_are_refused(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [sample([1] * 20, (1, 1))])
+
+    with pytest.raises(PlanError, match="set --seq-length to 8 or 12"):
+        plan_rows(store, row_tokens=10, align_tokens=4, seed=0)
+    with pytest.raises(PlanError, match="the shortest has 20"):
+        plan_rows(store, row_tokens=8, align_tokens=1, seed=0)
