@@ -1,0 +1,235 @@
+"""From a Hugging Face configuration to Megatron's flags, field by field.
+
+Every field in ``config.json`` is mapped, known not to change what the model computes, or an error
+that names it. An unknown field is never skipped: a checkpoint that is right in the tensors and
+wrong in the configuration trains without complaint, and to a wrong model.
+
+Values are read through the ``transformers`` installed, which fills in what the file leaves out and
+knows both places of the rope base (``rope_theta`` up to release 4, ``rope_parameters`` since 5).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import torch
+
+from checkpoint_convert.families import FAMILIES, Family
+from checkpoint_convert.rules import Heads, Rule
+from megasft.errors import ConversionError
+
+VALUE_FLAGS: Final = {
+    "num_hidden_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "intermediate_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "max_position_embeddings": "--max-position-embeddings",
+    "rms_norm_eps": "--norm-epsilon",
+    "attention_dropout": "--attention-dropout",
+    # The model has exactly the rows Hugging Face's has. Padded rows would have logits of their own
+    # in every softmax, so Megatron's default padding to 128 x TP changes the loss.
+    "vocab_size": "--padded-vocab-size",
+}
+"""Fields that are one flag with the same value."""
+
+FIXED: Final[dict[str, tuple[Any, ...]]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+}
+"""Fields with one value that Megatron's flags for these families can express."""
+
+READ_ELSEWHERE: Final = frozenset(
+    (
+        *("model_type", "architectures", "tie_word_embeddings", "dtype", "torch_dtype"),
+        *("head_dim", "num_key_value_heads", "layer_types", "sliding_window"),
+        *("rope_parameters", "rope_theta", "rope_scaling"),
+    )
+)
+"""Fields that take more than a table to check."""
+
+WITHOUT_EFFECT: Final = frozenset(
+    (
+        *("_name_or_path", "transformers_version", "tokenizer_class", "task_specific_params"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
+        *("use_cache", "pretraining_tp", "max_window_layers", "is_encoder_decoder"),
+        *("output_hidden_states", "output_attentions", "return_dict", "torchscript"),
+        *("id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
+        *("_attn_implementation_autoset", "attn_implementation"),
+    )
+)
+"""Fields that do not change the logits; ``max_window_layers`` does only with a sliding window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What conversion needs to know about a model.
+
+    Attributes:
+        hf_config: The content of ``config.json``, untouched.
+        flags: Megatron's flags, as they stand on a command line.
+        dtype: What the configuration says the weights are saved in; None when it does not.
+    """
+
+    family_name: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    heads: Heads
+    is_tied: bool
+    dtype: torch.dtype | None
+    flags: tuple[str, ...]
+    hf_config: dict[str, Any]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Every tensor of this model."""
+        return FAMILIES[self.family_name].rules(is_tied=self.is_tied)
+
+
+def read_model(folder: Path) -> Model:
+    """Read ``config.json`` and map all of it.
+
+    Raises:
+        ConversionError: There is none, or it says something Megatron's flags cannot.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder} has no config.json; give a Hugging Face model folder")
+    written: dict[str, Any] = orjson.loads(path.read_bytes())
+    family = _family(written, path)
+    # Imported here: conversion from Python should not pay for it before it is needed.
+    from transformers import AutoConfig
+
+    effective: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    _require_known(written, path)
+    return _map(written, effective, family, path)
+
+
+def _family(config: Mapping[str, Any], path: Path) -> Family:
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise ConversionError(
+            f"{path}: model_type is {name!r}; families that convert: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    if (config.get("architectures") or [family.architecture]) != [family.architecture]:
+        raise ConversionError(
+            f"{path}: architectures is {config['architectures']}, and only {family.architecture} "
+            "converts; save the causal language model"
+        )
+    return family
+
+
+def _require_known(written: Mapping[str, Any], path: Path) -> None:
+    known = VALUE_FLAGS.keys() | FIXED.keys() | READ_ELSEWHERE | WITHOUT_EFFECT
+    unknown = [f"{name} = {value!r}" for name, value in written.items() if name not in known]
+    if unknown:
+        raise ConversionError(
+            f"{path} has fields this release cannot translate: {'; '.join(unknown)}. If they do "
+            "not change what the model computes, remove them from the file; if they do, the model "
+            "cannot be converted"
+        )
+
+
+def _map(
+    written: dict[str, Any], effective: Mapping[str, Any], family: Family, path: Path
+) -> Model:
+    for name, allowed in FIXED.items():
+        value = effective.get(name, allowed[0])
+        if value not in allowed:
+            raise _not_expressible(path, name, value, f"only {allowed[0]!r} converts")
+    _require_full_attention(effective, path)
+    heads = Heads(
+        num_heads=int(effective["num_attention_heads"]),
+        num_groups=int(effective.get("num_key_value_heads") or effective["num_attention_heads"]),
+        head_dim=int(
+            effective.get("head_dim")
+            or effective["hidden_size"] // effective["num_attention_heads"]
+        ),
+    )
+    is_tied = bool(effective["tie_word_embeddings"])
+    flags: list[str] = []
+    for name, flag in VALUE_FLAGS.items():
+        flags += [flag, _literal(effective[name])]
+    flags += ["--kv-channels", str(heads.head_dim)]
+    if heads.num_groups != heads.num_heads:
+        flags += ["--group-query-attention", "--num-query-groups", str(heads.num_groups)]
+    flags += ["--rotary-base", str(_rotary_base(effective, path))]
+    flags += family.flags if is_tied else [*family.flags, "--untie-embeddings-and-output-weights"]
+    return Model(
+        family_name=str(written["model_type"]),
+        num_layers=int(effective["num_hidden_layers"]),
+        hidden_size=int(effective["hidden_size"]),
+        vocab_size=int(effective["vocab_size"]),
+        heads=heads,
+        is_tied=is_tied,
+        dtype=_dtype(written, path),
+        flags=tuple(flags),
+        hf_config=written,
+    )
+
+
+def _literal(value: Any) -> str:
+    """Write a number so that it reads back exactly; ``0.0`` is written ``0``."""
+    return str(int(value)) if float(value).is_integer() else repr(value)
+
+
+def _require_full_attention(config: Mapping[str, Any], path: Path) -> None:
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise _not_expressible(path, "layer_types", sorted(kinds), "only full_attention converts")
+    if config.get("sliding_window") is not None and "use_sliding_window" not in config:
+        raise _not_expressible(
+            path, "sliding_window", config["sliding_window"], "attention must see the whole context"
+        )
+
+
+def _rotary_base(config: Mapping[str, Any], path: Path) -> int:
+    """Return the rope base, after making sure that rope is not scaled in any way."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta")
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    if kind != "default" or any(value not in (None, 1, 1.0) for value in rope.values()):
+        raise _not_expressible(
+            path, "rope scaling", {"rope_type": kind, **rope}, "only plain rope converts"
+        )
+    if theta is None or not float(theta).is_integer():
+        raise _not_expressible(
+            path, "rope_theta", theta, "Megatron's --rotary-base is a whole number"
+        )
+    return int(theta)
+
+
+def _dtype(written: Mapping[str, Any], path: Path) -> torch.dtype | None:
+    name = written.get("dtype", written.get("torch_dtype"))
+    return None if name is None else parse_dtype(str(name), source=str(path))
+
+
+def parse_dtype(name: str, *, source: str) -> torch.dtype:
+    """Return the torch dtype a configuration or a user names.
+
+    Raises:
+        ConversionError: It is not a floating-point dtype.
+
+    Example:
+        >>> parse_dtype("bfloat16", source="--dtype")
+        torch.bfloat16
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConversionError(
+            f"{source}: dtype {name!r} is none; use bfloat16, float16 or float32"
+        )
+    return dtype
+
+
+def _not_expressible(path: Path, name: str, value: Any, why: str) -> ConversionError:
+    return ConversionError(
+        f"{path}: {name} is {value!r}, and {why} in this release; converting would change what the "
+        "model computes"
+    )

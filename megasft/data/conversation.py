@@ -1,0 +1,164 @@
+"""What a conversation is, and everything that can be wrong with one.
+
+A record that breaks a rule raises ``BadRecord``, which carries a short reason (the key it is
+counted under, one of ``REASONS``) and a detail written for the person who owns the file. Nothing
+is mended on the way: an unknown role or a label list of the wrong length is the user's to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from megasft.errors import DataError
+
+ROLES: Final = ("system", "user", "assistant", "tool")
+LABEL_KEYS: Final = ("label", "labels", "loss")
+REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
+_MAX_CATEGORY_ID: Final = 2**31 - 1  # turn records are int32
+
+REASONS: Final = (
+    "not JSON",
+    "not an object",
+    "missing field",
+    "wrong type",
+    "unknown role",
+    "no assistant turn",
+    "nothing to train",
+    "bad labels",
+    "bad category",
+    "special token in the text",
+    "the template refused",
+    "the template changed the message",
+    "needs {% generation %}",
+    "turn without tokens",
+)
+"""Every reason a record can be rejected for."""
+
+
+class BadRecord(DataError):
+    """One record cannot become a sample."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+        assert reason in REASONS, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: One of ``ROLES``.
+        content: Its text; None only for an assistant message that just calls tools.
+        trained: An assistant message whose tokens are labels.
+        extra: Other fields the chat template may read (``tool_calls``, ``name``, ...).
+    """
+
+    role: str
+    content: str | None
+    trained: bool
+    extra: Mapping[str, Any]
+
+    def as_dict(self, content: str | None) -> dict[str, Any]:
+        """Return what a chat template is given, with this content in place of the own one."""
+        return {"role": self.role, "content": content, **self.extra}
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """What a record says about its category; both None when it says nothing."""
+
+    id: int | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A valid record: at least one message is trained."""
+
+    messages: tuple[Message, ...]
+    category: Category
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+def make_messages(raw: list[Any], labels: Any) -> tuple[Message, ...]:
+    """Check the messages of a record and decide which are trained.
+
+    Args:
+        raw: Objects with ``role`` and ``content``.
+        labels: None, or a list of 0/1 as long as ``raw``; only an assistant's counts.
+
+    Raises:
+        BadRecord: A role is unknown, a text is missing, or nothing would be trained.
+    """
+    flags = _record_labels(labels, count=len(raw))
+    messages = tuple(_message(item, i, flags) for i, item in enumerate(raw))
+    if not any(m.role == "assistant" for m in messages):
+        raise BadRecord("no assistant turn", f"none of the {len(messages)} messages is assistant's")
+    if not any(m.trained for m in messages):
+        raise BadRecord("nothing to train", "the labels of all assistant messages are 0")
+    return messages
+
+
+def make_category(meta: Any) -> Category:
+    """Read ``category_id`` and ``category_name`` of a record's ``meta``."""
+    if not isinstance(meta, dict):
+        return Category()
+    number, name = meta.get("category_id"), meta.get("category_name")
+    if number is not None and (type(number) is not int or not 0 <= number <= _MAX_CATEGORY_ID):
+        raise BadRecord("bad category", f"meta.category_id must be an integer >= 0, not {number!r}")
+    if name is not None and not isinstance(name, str):
+        raise BadRecord("bad category", f"meta.category_name must be a string, not {name!r}")
+    return Category(number, name or None)
+
+
+def _record_labels(labels: Any, *, count: int) -> list[bool] | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or len(labels) != count:
+        found = f"{len(labels)} entries" if isinstance(labels, list) else repr(labels)
+        raise BadRecord("bad labels", f"labels must be a list of {count} (one a message): {found}")
+    return [_flag(label) for label in labels]
+
+
+def _flag(label: Any) -> bool:
+    if type(label) not in (int, bool) or label not in (0, 1):
+        raise BadRecord("bad labels", f"a label is 0 or 1, not {label!r}")
+    return bool(label)
+
+
+def _message(item: Any, index: int, flags: list[bool] | None) -> Message:
+    if not isinstance(item, dict):
+        raise BadRecord("wrong type", f"message {index} is not an object")
+    if "role" not in item:
+        raise BadRecord("missing field", f"message {index} has no `role`")
+    role = item["role"]
+    if role not in ROLES:
+        raise BadRecord(
+            "unknown role", f"message {index} has role {role!r}; known are {', '.join(ROLES)}"
+        )
+    own = [key for key in LABEL_KEYS if key in item]
+    if len(own) > (flags is None):
+        raise BadRecord("bad labels", f"message {index} is labelled twice")
+    wanted = _flag(item[own[0]]) if own else flags[index] if flags else True
+    skipped = {"role", "content", *own}
+    extra = {k: v for k, v in item.items() if k not in skipped and v is not None}
+    content = _content(item, index, may_be_absent=role == "assistant" and "tool_calls" in extra)
+    return Message(role, content, role == "assistant" and wanted, extra)
+
+
+def _content(item: dict[str, Any], index: int, *, may_be_absent: bool) -> str | None:
+    content = item.get("content")
+    if content is None and may_be_absent:
+        return None
+    if content is None:
+        raise BadRecord("missing field", f"message {index} ({item['role']}) has no `content`")
+    if not isinstance(content, str):
+        raise BadRecord(
+            "wrong type",
+            f"the content of message {index} is {type(content).__name__}; only text can be trained",
+        )
+    return content

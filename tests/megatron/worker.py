@@ -1,0 +1,30 @@
+"""Runs the real training entry point several times in one process group; started by torchrun.
+
+Starting processes is what costs here, so one start serves many layouts. Megatron keeps its state in
+globals; ``destroy_global_state`` is its own way to forget them between runs.
+
+Usage: torchrun --nproc-per-node N -m tests.megatron.worker RUNS.json, a list of lists of flags.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megasft.pretrain_sft import configure_logging, run
+
+
+def main() -> None:
+    configure_logging(rank=0)
+    for flags in json.loads(Path(sys.argv[1]).read_text()):
+        run(flags)
+        from megatron.training.training import destroy_global_state
+
+        torch.distributed.barrier()
+        destroy_global_state()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

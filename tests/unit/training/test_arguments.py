@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megasft.errors import FlagError
+from megasft.training import arguments
+
+
+def flags(**changes: Any) -> SimpleNamespace:
+    good = {
+        "megasft_data": "store",
+        "calculate_per_token_loss": True,
+        "megasft_loss": "turn",
+        "megasft_dft_alpha": 0.0,
+        "megasft_align_tokens": 8,
+        "megasft_attention": "auto",
+        "sft": False,
+        "data_path": None,
+        "mock_data": False,
+        "train_data_path": None,
+        "valid_data_path": None,
+        "full_validation": False,
+        "dataloader_type": "single",
+        "transformer_impl": "local",
+    }
+    return SimpleNamespace(**(good | changes))
+
+
+def test_good_flags_pass() -> None:
+    arguments.check(flags())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"megasft_data": None}, "--megasft-data STORE is missing"),
+        ({"calculate_per_token_loss": False}, "the turn mean would not be global; add the flag"),
+        ({"megasft_dft_alpha": 1.5}, r"1.5; it must lie in \[0, 1\]"),
+        ({"megasft_align_tokens": 0}, "the least is 1"),
+        ({"sft": True}, "--sft and megasft's data exclude each other"),
+        ({"data_path": ["x"], "mock_data": True}, "--data-path, --mock-data and"),
+        ({"dataloader_type": "cyclic"}, "would shuffle the row plan once more"),
+        ({"transformer_impl": "transformer_engine"}, "Transformer Engine is not installed"),
+        ({"megasft_attention": "te"}, "needs --transformer-impl transformer_engine"),
+    ],
+)
+def test_a_flag_that_would_change_the_loss_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FlagError, match=message):
+        arguments.check(flags(**changes))
+
+
+def test_the_user_has_the_last_word_and_the_model_comes_before(tmp_path: Path) -> None:
+    (tmp_path / arguments.MODEL_FILE).write_text(json.dumps({"flags": ["--num-layers", "4"]}))
+
+    argv = arguments.assemble_argv(["--megasft-hf", str(tmp_path), "--num-layers", "2"])
+
+    assert argv.index("--ckpt-format") < argv.index("4") < argv.index("2") == len(argv) - 1
+    assert argv[argv.index("--pretrained-checkpoint") + 1] == str(tmp_path)
+    own = arguments.assemble_argv(["--megasft-hf", str(tmp_path), "--pretrained-checkpoint", "x"])
+    assert own.count("--pretrained-checkpoint") == 1
+
+
+def test_a_folder_that_no_conversion_wrote_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="megasft convert hf-to-megatron"):
+        arguments.assemble_argv(["--megasft-hf", str(tmp_path)])
+
+
+def test_ids_the_model_has_no_row_for_are_refused() -> None:
+    store: Any = SimpleNamespace(path="store", meta={"vocab_size": 300})
+
+    args = SimpleNamespace(vocab_size=None, padded_vocab_size=None)
+    arguments.set_vocabulary(args, store)
+    assert args.vocab_size == 300
+    with pytest.raises(FlagError, match="tokenized with 300 ids, the model has 256"):
+        arguments.set_vocabulary(SimpleNamespace(vocab_size=256, padded_vocab_size=None), store)
