@@ -222,9 +222,7 @@ def parse_dtype(name: str, *, source: str) -> torch.dtype:
     """
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConversionError(
-            f"{source}: dtype {name!r} is none; use bfloat16, float16 or float32"
-        )
+        raise ConversionError(f"{source}: dtype {name!r} is none; use bfloat16, float16 or float32")
     return dtype
 
 

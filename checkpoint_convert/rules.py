@@ -79,8 +79,8 @@ def _split_qkv(whole: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
             "configuration this checkpoint was trained with (--like)"
         )
     by_group = whole.reshape(heads.num_groups, -1, *whole.shape[1:])
-    parts = by_group.split([q_rows, heads.head_dim, heads.head_dim], dim=1)
-    return tuple(part.flatten(0, 1) for part in parts)
+    cuts = (q_rows, q_rows + heads.head_dim)
+    return tuple(part.flatten(0, 1) for part in torch.tensor_split(by_group, cuts, dim=1))
 
 
 WHOLE: Final = Join(merge=lambda parts, _: parts[0], split=lambda whole, _: (whole,))

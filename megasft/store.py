@@ -253,9 +253,10 @@ class TokenStore:
         )
 
     def source_line(self, index: int) -> str:
-        """Return ``file:line`` of the conversation a sample was made from."""
-        source, line = (int(x) for x in self.lineage[index])
-        return f"{self.meta['sources'][source]['path']}:{line}"
+        """Return ``file:17`` (or ``file:record 17``) of the conversation a sample was made from."""
+        number, line = (int(x) for x in self.lineage[index])
+        source = self.meta["sources"][number]
+        return f"{source['path']}:{'record ' if source.get('kind') == 'json list' else ''}{line}"
 
 
 def open_store(path: Path | str) -> TokenStore:

@@ -49,4 +49,4 @@ def global_batch(model: PreTrainedModel, samples: Iterable[Sample], *, objective
     loss = total / units
     loss.backward()
     squares = [float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None]
-    return Oracle(float(loss), sum(squares) ** 0.5, units)
+    return Oracle(float(loss.detach()), sum(squares) ** 0.5, units)

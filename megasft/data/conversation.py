@@ -1,6 +1,6 @@
 """What a conversation is, and everything that can be wrong with one.
 
-A record that breaks a rule raises ``BadRecord``, which carries a short reason (the key it is
+A record that breaks a rule raises ``BadRecordError``, which carries a short reason (the key it is
 counted under, one of ``REASONS``) and a detail written for the person who owns the file. Nothing
 is mended on the way: an unknown role or a label list of the wrong length is the user's to decide.
 """
@@ -37,7 +37,7 @@ REASONS: Final = (
 """Every reason a record can be rejected for."""
 
 
-class BadRecord(DataError):
+class BadRecordError(DataError):
     """One record cannot become a sample."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -92,14 +92,16 @@ def make_messages(raw: list[Any], labels: Any) -> tuple[Message, ...]:
         labels: None, or a list of 0/1 as long as ``raw``; only an assistant's counts.
 
     Raises:
-        BadRecord: A role is unknown, a text is missing, or nothing would be trained.
+        BadRecordError: A role is unknown, a text is missing, or nothing would be trained.
     """
     flags = _record_labels(labels, count=len(raw))
     messages = tuple(_message(item, i, flags) for i, item in enumerate(raw))
     if not any(m.role == "assistant" for m in messages):
-        raise BadRecord("no assistant turn", f"none of the {len(messages)} messages is assistant's")
+        raise BadRecordError(
+            "no assistant turn", f"none of the {len(messages)} messages is assistant's"
+        )
     if not any(m.trained for m in messages):
-        raise BadRecord("nothing to train", "the labels of all assistant messages are 0")
+        raise BadRecordError("nothing to train", "the labels of all assistant messages are 0")
     return messages
 
 
@@ -109,9 +111,11 @@ def make_category(meta: Any) -> Category:
         return Category()
     number, name = meta.get("category_id"), meta.get("category_name")
     if number is not None and (type(number) is not int or not 0 <= number <= _MAX_CATEGORY_ID):
-        raise BadRecord("bad category", f"meta.category_id must be an integer >= 0, not {number!r}")
+        raise BadRecordError(
+            "bad category", f"meta.category_id must be an integer >= 0, not {number!r}"
+        )
     if name is not None and not isinstance(name, str):
-        raise BadRecord("bad category", f"meta.category_name must be a string, not {name!r}")
+        raise BadRecordError("bad category", f"meta.category_name must be a string, not {name!r}")
     return Category(number, name or None)
 
 
@@ -120,29 +124,31 @@ def _record_labels(labels: Any, *, count: int) -> list[bool] | None:
         return None
     if not isinstance(labels, list) or len(labels) != count:
         found = f"{len(labels)} entries" if isinstance(labels, list) else repr(labels)
-        raise BadRecord("bad labels", f"labels must be a list of {count} (one a message): {found}")
+        raise BadRecordError(
+            "bad labels", f"labels must be a list of {count} (one a message): {found}"
+        )
     return [_flag(label) for label in labels]
 
 
 def _flag(label: Any) -> bool:
     if type(label) not in (int, bool) or label not in (0, 1):
-        raise BadRecord("bad labels", f"a label is 0 or 1, not {label!r}")
+        raise BadRecordError("bad labels", f"a label is 0 or 1, not {label!r}")
     return bool(label)
 
 
 def _message(item: Any, index: int, flags: list[bool] | None) -> Message:
     if not isinstance(item, dict):
-        raise BadRecord("wrong type", f"message {index} is not an object")
+        raise BadRecordError("wrong type", f"message {index} is not an object")
     if "role" not in item:
-        raise BadRecord("missing field", f"message {index} has no `role`")
+        raise BadRecordError("missing field", f"message {index} has no `role`")
     role = item["role"]
     if role not in ROLES:
-        raise BadRecord(
+        raise BadRecordError(
             "unknown role", f"message {index} has role {role!r}; known are {', '.join(ROLES)}"
         )
     own = [key for key in LABEL_KEYS if key in item]
     if len(own) > (flags is None):
-        raise BadRecord("bad labels", f"message {index} is labelled twice")
+        raise BadRecordError("bad labels", f"message {index} is labelled twice")
     wanted = _flag(item[own[0]]) if own else flags[index] if flags else True
     skipped = {"role", "content", *own}
     extra = {k: v for k, v in item.items() if k not in skipped and v is not None}
@@ -155,9 +161,9 @@ def _content(item: dict[str, Any], index: int, *, may_be_absent: bool) -> str | 
     if content is None and may_be_absent:
         return None
     if content is None:
-        raise BadRecord("missing field", f"message {index} ({item['role']}) has no `content`")
+        raise BadRecordError("missing field", f"message {index} ({item['role']}) has no `content`")
     if not isinstance(content, str):
-        raise BadRecord(
+        raise BadRecordError(
             "wrong type",
             f"the content of message {index} is {type(content).__name__}; only text can be trained",
         )

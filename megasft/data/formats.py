@@ -1,7 +1,7 @@
 """From a record as people store it to a conversation: one adapter a format.
 
-    messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...], "tools": [...]}
-    sharegpt   {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
+    messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...], "tools": ...}
+    sharegpt   {"conversations": [{"from": "human", "value": ...}], "system": ..., "tools": ...}
     prompt     {"question": ..., "answer": ...} with --prompt-key question --response-key answer
 
 The format is found record by record from the field it starts with, so one file may mix them;
@@ -19,7 +19,7 @@ import orjson
 
 from megasft.data.conversation import (
     LABEL_KEYS,
-    BadRecord,
+    BadRecordError,
     Conversation,
     make_category,
     make_messages,
@@ -38,7 +38,7 @@ SPEAKERS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class FieldMap:
     """Which format to expect and which fields hold prompt and response.
 
     Attributes:
@@ -52,22 +52,22 @@ class Mapping:
     response_key: str = "response"
 
 
-def parse(line: bytes, mapping: Mapping) -> Conversation:
+def parse(line: bytes, mapping: FieldMap) -> Conversation:
     """Turn the bytes of one record into a valid conversation.
 
     Raises:
-        BadRecord: The record breaks a rule; the message says which.
+        BadRecordError: The record breaks a rule; the message says which.
     """
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadRecord("not JSON", f"not JSON: {error}") from None
+        raise BadRecordError("not JSON", f"not JSON: {error}") from None
     if not isinstance(record, dict):
-        raise BadRecord("not an object", f"a record is an object, this is {_kind(record)}")
+        raise BadRecordError("not an object", f"a record is an object, this is {_kind(record)}")
     return FORMATS[_format_of(record, mapping)](record, mapping)
 
 
-def _format_of(record: dict[str, Any], mapping: Mapping) -> str:
+def _format_of(record: dict[str, Any], mapping: FieldMap) -> str:
     if mapping.format != "auto":
         return mapping.format
     if "messages" in record:
@@ -76,7 +76,7 @@ def _format_of(record: dict[str, Any], mapping: Mapping) -> str:
         return "sharegpt"
     if mapping.prompt_key in record and mapping.response_key in record:
         return "prompt"
-    raise BadRecord(
+    raise BadRecordError(
         "missing field",
         f"no `messages`, no `conversations`, and not both of `{mapping.prompt_key}` and "
         f"`{mapping.response_key}` (--prompt-key, --response-key); "
@@ -84,12 +84,12 @@ def _format_of(record: dict[str, Any], mapping: Mapping) -> str:
     )
 
 
-def _from_messages(record: dict[str, Any], mapping: Mapping) -> Conversation:
+def _from_messages(record: dict[str, Any], mapping: FieldMap) -> Conversation:
     raw = _list(record, "messages")
     return _conversation(record, raw, record.get("labels"), record.get("tools"))
 
 
-def _from_sharegpt(record: dict[str, Any], mapping: Mapping) -> Conversation:
+def _from_sharegpt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
     raw = [_spoken(item, i) for i, item in enumerate(_list(record, "conversations"))]
     labels, system = record.get("labels"), record.get("system")
     if system:
@@ -100,14 +100,14 @@ def _from_sharegpt(record: dict[str, Any], mapping: Mapping) -> Conversation:
         try:
             tools = orjson.loads(tools)
         except orjson.JSONDecodeError as error:
-            raise BadRecord("wrong type", f"`tools` is not JSON: {error}") from None
+            raise BadRecordError("wrong type", f"`tools` is not JSON: {error}") from None
     return _conversation(record, raw, labels, tools)
 
 
-def _from_prompt(record: dict[str, Any], mapping: Mapping) -> Conversation:
+def _from_prompt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
     for key in (mapping.prompt_key, mapping.response_key):
         if record.get(key) is None:
-            raise BadRecord("missing field", f"no `{key}`")
+            raise BadRecordError("missing field", f"no `{key}`")
     raw = [
         {"role": "user", "content": record[mapping.prompt_key]},
         {"role": "assistant", "content": record[mapping.response_key]},
@@ -115,7 +115,7 @@ def _from_prompt(record: dict[str, Any], mapping: Mapping) -> Conversation:
     return _conversation(record, raw, None, None)
 
 
-Adapter = Callable[[dict[str, Any], Mapping], Conversation]
+Adapter = Callable[[dict[str, Any], FieldMap], Conversation]
 
 FORMATS: Final[dict[str, Adapter]] = {
     "messages": _from_messages,
@@ -128,7 +128,7 @@ def _conversation(record: dict[str, Any], raw: list[Any], labels: Any, tools: An
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     ):
-        raise BadRecord("wrong type", "`tools` must be a list of objects")
+        raise BadRecordError("wrong type", "`tools` must be a list of objects")
     messages = make_messages(raw, labels)
     category = make_category(record.get("meta"))
     return Conversation(messages, category, tuple(tools) if tools else None)
@@ -136,25 +136,27 @@ def _conversation(record: dict[str, Any], raw: list[Any], labels: Any, tools: An
 
 def _spoken(item: Any, index: int) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise BadRecord("wrong type", f"message {index} is not an object")
+        raise BadRecordError("wrong type", f"message {index} is not an object")
     for key in ("from", "value"):
         if key not in item:
-            raise BadRecord("missing field", f"message {index} has no `{key}`")
+            raise BadRecordError("missing field", f"message {index} has no `{key}`")
     speaker = item["from"]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         known = ", ".join(SPEAKERS)
-        raise BadRecord("unknown role", f"message {index} is from {speaker!r}; known are {known}")
+        raise BadRecordError(
+            "unknown role", f"message {index} is from {speaker!r}; known are {known}"
+        )
     labels = {key: item[key] for key in LABEL_KEYS if key in item}
     return {"role": SPEAKERS[speaker], "content": item["value"], **labels}
 
 
 def _list(record: dict[str, Any], key: str) -> list[Any]:
     if key not in record:
-        raise BadRecord("missing field", f"no `{key}`")
+        raise BadRecordError("missing field", f"no `{key}`")
     if not isinstance(record[key], list):
-        raise BadRecord("wrong type", f"`{key}` must be a list, not {_kind(record[key])}")
+        raise BadRecordError("wrong type", f"`{key}` must be a list, not {_kind(record[key])}")
     if not record[key]:
-        raise BadRecord("no assistant turn", f"`{key}` is empty")
+        raise BadRecordError("no assistant turn", f"`{key}` is empty")
     return list(record[key])
 
 

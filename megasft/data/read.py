@@ -78,7 +78,9 @@ def open_sources(paths: list[Path]) -> list[Source]:
         if not path.is_file():
             raise DataError(f"{path} is not a file; --input takes .jsonl or .json files")
         if path.stat().st_size == 0:
-            raise DataError(f"{path}:1: the file is empty (0 conversations); remove it from --input")
+            raise DataError(
+                f"{path}:1: the file is empty (0 conversations); remove it from --input"
+            )
         try:
             with path.open("rb") as file:
                 sources.append(Source(path, is_list=_starts_a_list(file)))

@@ -20,7 +20,7 @@ from megasft.training.arguments import set_vocabulary
 logger = logging.getLogger(__name__)
 
 ENDLESS: Final = 2**48
-"""Length of a validation dataset: passes follow each other for as long as the run lasts."""
+"""Length of a dataset: epochs and passes follow each other until Megatron's loop stops."""
 
 
 class PlannedStore(NamedTuple):
@@ -110,10 +110,10 @@ def datasets_provider(
 ) -> Callable[[Any], tuple[PackedRows, PackedRows | None, None]]:
     """Return what Megatron calls for its train, validation and test datasets."""
 
-    def provide(num_samples: Any) -> tuple[PackedRows, PackedRows | None, None]:
+    def provide(_num_samples: Any) -> tuple[PackedRows, PackedRows | None, None]:
         from megatron.core import mpu
 
-        def rows(planned: PlannedStore, order: RowOrder | WholeSet, length: int) -> PackedRows:
+        def rows(planned: PlannedStore, order: RowOrder | WholeSet) -> PackedRows:
             shape = RowShape(
                 row_tokens=planned.plan.row_tokens,
                 align_tokens=planned.plan.align_tokens,
@@ -121,15 +121,15 @@ def datasets_provider(
                 cp_rank=mpu.get_context_parallel_rank(),
                 cp_size=mpu.get_context_parallel_world_size(),
             )
-            return PackedRows(planned.store, planned.plan.rows, order, length=length, shape=shape)
+            return PackedRows(planned.store, planned.plan.rows, order, length=ENDLESS, shape=shape)
 
         order = RowOrder(num_rows=len(data.train.plan), seed=args.seed)
-        train = rows(data.train, order, int(num_samples[0]))
+        train = rows(data.train, order)
         if data.valid is None:
             return train, None, None
         period = args.eval_iters * args.eval_global_batch_size
         whole = WholeSet(num_rows=len(data.valid.plan), period=period)
-        return train, rows(data.valid, whole, ENDLESS), None
+        return train, rows(data.valid, whole), None
 
     # Every rank builds its dataset: nothing is broadcast over tensor-parallel ranks.
     provide.is_distributed = True  # type: ignore[attr-defined]

@@ -2,24 +2,31 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU_ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def torchrun(world_size: int, *command: str, timeout: float = 600) -> str:
     """Run a module on ``world_size`` CPU ranks; fail with the end of its output."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     result = subprocess.run(
         [*launcher, "--nproc-per-node", str(world_size), *command],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=env,
+        env=os.environ | CPU_ENV,
         timeout=timeout,
         check=False,
     )

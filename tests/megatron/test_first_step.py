@@ -1,26 +1,13 @@
 """The first step's loss and gradient norm equal the definition, on every layout."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
-from megasft.packing.order import RowOrder
-from megasft.packing.plan import plan_rows
-from megasft.schema import Sample
-from megasft.store import TokenStore
+from tests.megatron.conftest import BATCH, World
 from tests.megatron.runs import scalars, train
-from tests.oracle import Oracle, global_batch
-from tests.stores import random_samples, write_store
+from tests.oracle import global_batch
 
 pytestmark = pytest.mark.slow
 
-ROW_TOKENS, BATCH, SEED, VOCAB = 96, 8, 11, 256
-COMMON = (
-    *("--calculate-per-token-loss", "--seq-length", ROW_TOKENS, "--global-batch-size", BATCH),
-    *("--train-iters", 1, "--lr", 1e-3, "--seed", SEED, "--eval-interval", 1, "--clip-grad", 1.0),
-    *("--log-interval", 1, "--tensorboard-log-interval", 1),
-)
 LAYOUTS = {
     1: {"TP 1": ()},
     2: {
@@ -39,52 +26,6 @@ LAYOUTS = {
 
 def data_parallel_size(layout: str) -> int:
     return 2 if "DP 2" in layout else 1
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
-    return World(tmp_path_factory.mktemp("first_step"))
-
-
-class World:
-    """A store, a tiny Hugging Face model and its Megatron checkpoint; oracles once each."""
-
-    def __init__(self, folder: Path) -> None:
-        from checkpoint_convert.hf_to_megatron import convert
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-
-        self.folder = folder
-        self.store = write_store(folder / "store", random_samples(150, seed=5, vocab=VOCAB))
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-        config = Qwen3Config(
-            **sizes, **heads, vocab_size=VOCAB, max_position_embeddings=512,
-            tie_word_embeddings=False, initializer_range=0.2,
-        )  # fmt: skip
-        self.model = Qwen3ForCausalLM(config)
-        self.model.save_pretrained(folder / "hf")
-        convert(folder / "hf", folder / "megatron")
-        self.model = self.model.double()
-
-    def oracle(self, objective: str) -> Oracle:
-        return global_batch(self.model, self.first_batch(), objective=objective)
-
-    def first_batch(self) -> list[Sample]:
-        plan = plan_rows(self.store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
-        order = RowOrder(num_rows=len(plan), seed=SEED)
-        rows = [plan.rows[order[k]] for k in range(BATCH)]
-        return [self.store.sample(int(i)) for row in rows for i in row]
-
-    def flags(self, name: str, *more: object) -> list[str]:
-        paths = ("--megasft-data", self.store.path, "--megasft-valid-data", self.store.path)
-        model = ("--megasft-hf", self.folder / "megatron")
-        board = ("--tensorboard-dir", self.folder / name)
-        return [str(f) for f in (*paths, *model, *board, *COMMON, *more)]
-
-
-def whole(store: TokenStore) -> list[Sample]:
-    return [store.sample(i) for i in range(len(store))]
 
 
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
@@ -140,6 +81,6 @@ def test_every_objective_and_the_validation_loss_equal_their_definition(world: W
         assert logged["lm loss"][1] == pytest.approx(expected.loss, rel=1e-5), objective
         assert logged["grad-norm"][1] == pytest.approx(expected.grad_norm, rel=1e-4), objective
         losses.add(round(expected.loss, 3))
-        valid = global_batch(world.model, whole(world.store), objective=objective)
+        valid = global_batch(world.model, world.whole_store(), objective=objective)
         assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), objective
     assert len(losses) == 3, "the three objectives must differ for this test to say anything"

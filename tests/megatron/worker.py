@@ -8,6 +8,7 @@ Usage: torchrun --nproc-per-node N -m tests.megatron.worker RUNS.json, a list of
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from megasft.pretrain_sft import configure_logging, run
 def main() -> None:
     configure_logging(rank=0)
     for flags in json.loads(Path(sys.argv[1]).read_text()):
-        run(flags)
+        # --exit-interval ends a run through sys.exit, as a scheduler's time limit would.
+        with suppress(SystemExit):
+            run(flags)
         from megatron.training.training import destroy_global_state
 
         torch.distributed.barrier()

@@ -1,0 +1,23 @@
+# Each target does all its set-up itself; `make` alone says what there is.
+.DEFAULT_GOAL := help
+.PHONY: help venv check test demo clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+venv: ## make .venv (once; needs Python >= 3.12 and 5 GB, about two minutes)
+	@tools/make_venv.sh
+
+check: venv ## format, lint, types, layers, file sizes and the fast tests (under 3 minutes)
+	@tools/check
+
+test: venv ## all tests, the real Megatron on CPUs included (under 15 minutes)
+	@.venv/bin/python -m pytest
+
+demo: venv ## the quickstart: from text to an answering model, TP 2 x CP 2, then DP 2 x PP 2
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh
+
+clean: ## remove caches, builds and the demo's folder; keep .venv
+	@rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@if [ -e demo/.made-by-quickstart ]; then rm -rf demo; fi
+	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

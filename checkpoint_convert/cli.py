@@ -1,0 +1,69 @@
+"""What both conversions print, and how their faults become exit codes."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megasft.errors import MegasftError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        num_hf_tensors: Tensors on Hugging Face's side.
+        num_megatron_tensors: On Megatron's side; the layers of one kind count once.
+        num_bytes: Of the tensors written.
+        is_verified: Whether every tensor was mapped back and compared bitwise.
+        flags: Megatron's flags, when they were written.
+    """
+
+    source: Path
+    output: Path
+    family_name: str
+    dtypes: str
+    num_hf_tensors: int
+    num_megatron_tensors: int
+    num_parameters: int
+    num_bytes: int
+    is_verified: bool
+    flags: tuple[str, ...] = ()
+
+
+def show(report: Report) -> None:
+    """Print a report to standard output."""
+    verified = "bitwise equal" if report.is_verified else "not checked"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in (
+        ("from", str(report.source)),
+        ("to", str(report.output)),
+        ("family", report.family_name),
+        (
+            "tensors",
+            f"{report.num_hf_tensors:,} Hugging Face, {report.num_megatron_tensors:,} Megatron",
+        ),
+        ("parameters", f"{report.num_parameters:,} ({report.dtypes})"),
+        ("bytes", f"{report.num_bytes:,}"),
+        ("round trip", verified),
+    ):
+        table.add_row(name, value)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    if report.flags:
+        console.print("Megatron flags (megasft reads them from the checkpoint):")
+        console.print(" ".join(report.flags), markup=False)
+
+
+def exit_code(conversion: Callable[[], Report]) -> int:
+    """Run a conversion and print its report; a user's fault is one message and exit code 1."""
+    try:
+        show(conversion())
+    except MegasftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,62 @@
+"""The ``megasft`` command: its sub-commands, and what an error looks like.
+
+The command files import what they need when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from megasft.cli import build, convert, inspect
+from megasft.errors import MegasftError
+
+app = typer.Typer(
+    name="megasft",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# One line a command: a function of its name, or a Typer app where it has sub-commands.
+app.command("build")(build.build)
+app.command("inspect")(inspect.inspect)
+app.add_typer(convert.convert_app, name="convert")
+
+
+@app.callback()
+def megasft() -> None:
+    """Supervised fine-tuning on Megatron-Core.
+
+    **1.** make a token store from conversations, once:
+
+    `megasft build --input chats.jsonl --tokenizer ./Qwen3-0.6B --output store`
+
+    **2.** look at it, above all at what is trained:
+
+    `megasft inspect store`
+
+    **3.** train on it with any Megatron flags:
+
+    `torchrun -m megasft.pretrain_sft --megasft-data store ...`
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a fault of the user's is one message on stderr and exit code 1."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="megasft")
+    except MegasftError as error:
+        message = Text.assemble(("error: ", "bold red"), str(error))
+        Console(stderr=True, soft_wrap=True, highlight=False).print(message)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

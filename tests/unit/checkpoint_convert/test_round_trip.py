@@ -1,0 +1,171 @@
+"""Hugging Face -> Megatron -> Hugging Face, through the disk, bit by bit."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from checkpoint_convert import hf_to_megatron, megatron_to_hf
+from checkpoint_convert.rules import same_bits
+from megasft.errors import ConversionError
+from tests.unit.checkpoint_convert.tiny_models import MODELS, save
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_bit_comes_back(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    hf = save(name, tmp_path / "hf", dtype=dtype)
+    before = weights(hf)
+    # A nan with a payload and a minus zero: values survive `==` tests that bits do not.
+    norm = before["model.norm.weight"]
+    norm[:2] = torch.tensor([torch.nan, -0.0])
+    rewrite(hf, before)
+
+    there = hf_to_megatron.convert(hf, tmp_path / "megatron")
+    back = megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+
+    after = weights(tmp_path / "back")
+    assert after.keys() == before.keys()
+    assert all(same_bits(after[key], before[key]) for key in before)
+    assert there.num_hf_tensors == back.num_hf_tensors == len(before) >= 20
+    assert there.num_parameters == back.num_parameters == sum(t.numel() for t in before.values())
+    assert there.dtypes == str(dtype).removeprefix("torch.")
+    assert (tmp_path / "back" / "config.json").read_text() == (hf / "config.json").read_text()
+    assert (tmp_path / "back" / "chat_template.jinja").is_file()
+
+
+def test_the_checkpoint_has_the_tensors_and_objects_that_both_layer_specs_ask_for(
+    tmp_path: Path,
+) -> None:
+    hf_to_megatron.convert(save("qwen3", tmp_path / "hf"), tmp_path / "megatron")
+    entries = FileSystemReader(tmp_path / "megatron" / "release").read_metadata()
+    found = entries.state_dict_metadata
+    sizes = {key: tuple(entry.size) for key, entry in found.items() if hasattr(entry, "size")}
+    assert sizes == {
+        "embedding.word_embeddings.weight": (98, 32),
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (2, 32),
+        "decoder.layers.self_attention.linear_qkv.weight": (2, 128, 32),
+        "decoder.layers.self_attention.linear_proj.weight": (2, 32, 64),
+        "decoder.layers.self_attention.q_layernorm.weight": (2, 16),
+        "decoder.layers.self_attention.k_layernorm.weight": (2, 16),
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (2, 32),
+        "decoder.layers.mlp.linear_fc1.weight": (2, 96, 32),
+        "decoder.layers.mlp.linear_fc2.weight": (2, 32, 48),
+        "decoder.final_layernorm.weight": (32,),
+        "output_layer.weight": (98, 32),
+    }
+    objects = found.keys() - sizes.keys()
+    assert "common_state/shard_0_1" in objects
+    assert "decoder.layers.mlp.linear_fc2._extra_state/shard_1_2" in objects
+    assert len(objects) == 1 + 1 + 6 * 2
+
+
+def test_the_model_file_holds_flags_and_everything_but_weights_is_copied(tmp_path: Path) -> None:
+    hf = save("qwen3", tmp_path / "hf")
+    (hf / "pytorch_model.bin").write_bytes(b"")
+    hf_to_megatron.convert(hf, tmp_path / "megatron")
+    model = orjson.loads((tmp_path / "megatron" / "megasft_model.json").read_bytes())
+    assert model["family"] == "qwen3" and model["vocab_size"] == 98
+    assert model["tokenizer_files"] == ["chat_template.jinja", "tokenizer.json"]
+    assert model["hf_config"] == orjson.loads((hf / "config.json").read_bytes())
+    assert model["flags"][:2] == ["--num-layers", "2"]
+    copied = {path.name for path in (tmp_path / "megatron" / "hf").iterdir()}
+    assert copied == {
+        *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
+    }
+
+
+def test_a_missing_and_an_unknown_tensor_are_named(tmp_path: Path) -> None:
+    hf = save("llama", tmp_path / "hf")
+    tensors = weights(hf)
+    tensors["model.layers.1.self_attn.sinks"] = tensors.pop(
+        "model.layers.1.self_attn.q_proj.weight"
+    )
+    rewrite(hf, tensors)
+    with pytest.raises(ConversionError) as error:
+        hf_to_megatron.convert(hf, tmp_path / "megatron")
+    assert "lacks 1 tensors (model.layers.1.self_attn.q_proj.weight)" in str(error.value)
+    assert "1 that no rule takes (model.layers.1.self_attn.sinks)" in str(error.value)
+    assert list(tmp_path.iterdir()) == [hf]
+
+
+def test_tensors_computed_from_the_configuration_are_left_out(tmp_path: Path) -> None:
+    hf = save("llama", tmp_path / "hf")
+    tensors = weights(hf)
+    rewrite(hf, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    hf_to_megatron.convert(hf, tmp_path / "megatron")
+    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+    assert weights(tmp_path / "back").keys() == tensors.keys()
+
+
+def test_a_tied_model_may_bring_its_output_layer_only_when_it_is_the_embedding(
+    tmp_path: Path,
+) -> None:
+    hf = save("qwen3_tied", tmp_path / "hf")
+    tensors = weights(hf)
+    embedding = tensors["model.embed_tokens.weight"]
+    rewrite(hf, tensors | {"lm_head.weight": embedding.clone()})
+    hf_to_megatron.convert(hf, tmp_path / "megatron")
+    rewrite(hf, tensors | {"lm_head.weight": embedding + 1})
+    with pytest.raises(ConversionError, match=r"lm_head\.weight is not model\."):
+        hf_to_megatron.convert(hf, tmp_path / "megatron", overwrite=True)
+
+
+def test_the_vocabulary_of_the_configuration_must_be_that_of_the_weights(tmp_path: Path) -> None:
+    hf = save("llama", tmp_path / "hf")
+    config = orjson.loads((hf / "config.json").read_bytes()) | {"vocab_size": 100}
+    (hf / "config.json").write_bytes(orjson.dumps(config))
+    with pytest.raises(ConversionError, match=r"is \(98, 32\).*vocabulary of 100"):
+        hf_to_megatron.convert(hf, tmp_path / "megatron")
+
+
+def test_an_output_is_replaced_only_when_asked_and_only_when_it_is_a_conversion(
+    tmp_path: Path,
+) -> None:
+    hf, output = save("llama", tmp_path / "hf"), tmp_path / "megatron"
+    hf_to_megatron.convert(hf, output)
+    with pytest.raises(ConversionError, match="exists; choose another"):
+        hf_to_megatron.convert(hf, output)
+    hf_to_megatron.convert(hf, output, overwrite=True)
+    with pytest.raises(ConversionError, match="are both"):
+        hf_to_megatron.convert(hf, hf, overwrite=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("")
+    with pytest.raises(ConversionError, match="was not written by this command"):
+        megatron_to_hf.convert(output, mine, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron", "mine"]
+
+
+def test_a_dtype_asked_for_is_written_to_the_configuration_too(tmp_path: Path) -> None:
+    hf_to_megatron.convert(save("llama", tmp_path / "hf"), tmp_path / "megatron")
+    report = megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back", dtype=torch.bfloat16)
+    assert report.dtypes == "bfloat16, rounded from float32"
+    assert {t.dtype for t in weights(tmp_path / "back").values()} == {torch.bfloat16}
+    assert orjson.loads((tmp_path / "back" / "config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+def test_command_lines_report_and_turn_faults_into_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, megatron = save("qwen3", tmp_path / "hf"), tmp_path / "megatron"
+    assert hf_to_megatron.main(["--hf", str(hf), "--output", str(megatron)]) == 0
+    printed = capsys.readouterr().out
+    assert "25 Hugging Face, 11 Megatron" in printed and "bitwise equal" in printed
+    assert "--qk-layernorm" in printed
+    back = ["--checkpoint", str(megatron), "--output", str(tmp_path / "back")]
+    assert megatron_to_hf.main([*back, "--no-verify"]) == 0
+    assert "not checked" in capsys.readouterr().out
+    assert megatron_to_hf.main(back) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'back'} exists")

@@ -1,0 +1,76 @@
+"""Rules on literal tensors one can check by eye."""
+
+import pytest
+import torch
+
+from checkpoint_convert.rules import GATED, QKV, WHOLE, Heads, Join, Rule, merged, same_bits, split
+from megasft.errors import ConversionError
+
+# Four heads in two groups, one number per head: head h of Q is 1h, of K 2h, of V 3h.
+HEADS = Heads(num_heads=4, num_groups=2, head_dim=1)
+Q = torch.tensor([[10.0], [11.0], [12.0], [13.0]])
+K = torch.tensor([[20.0], [21.0]])
+V = torch.tensor([[30.0], [31.0]])
+RULE = Rule("linear_qkv", ("{layer}.q", "{layer}.k", "{layer}.v"), QKV)
+
+
+def test_q_k_and_v_interleave_by_query_group() -> None:
+    whole = merged(RULE, (Q, K, V), HEADS, verify=True)
+    assert whole.flatten().tolist() == [10, 11, 20, 30, 12, 13, 21, 31]
+    parts = split(RULE, whole, HEADS, verify=True)
+    assert [part.flatten().tolist() for part in parts] == [
+        [10, 11, 12, 13],
+        [20, 21],
+        [30, 31],
+    ]
+
+
+def test_heads_keep_their_rows_together_and_biases_follow_the_weights() -> None:
+    heads = Heads(num_heads=2, num_groups=1, head_dim=2)
+    q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6]), torch.tensor([7, 8])
+    assert merged(RULE, (q, k, v), heads, verify=True).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    two_groups = Heads(num_heads=2, num_groups=2, head_dim=1)
+    bias = merged(RULE, (q[:2], k, v), two_groups, verify=True)
+    assert bias.tolist() == [1, 5, 7, 2, 6, 8]
+
+
+def test_gate_comes_before_up() -> None:
+    rule = Rule("fc1", ("gate", "up"), GATED)
+    gate, up = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])
+    whole = merged(rule, (gate, up), HEADS, verify=True)
+    assert whole.flatten().tolist() == [1, 2, 3, 4]
+    assert torch.equal(split(rule, whole, HEADS, verify=True)[1], up)
+
+
+def test_a_rule_that_does_not_come_back_is_an_error_unless_told_not_to_look() -> None:
+    swapped = Rule("linear_qkv", RULE.hf, Join(merge=QKV.merge, split=_k_for_q))
+    merged(swapped, (Q, Q, Q), Heads(4, 4, 1), verify=False)
+    with pytest.raises(ConversionError, match="does not come back bitwise"):
+        merged(swapped, (Q, Q + 1, Q + 2), Heads(4, 4, 1), verify=True)
+
+
+def _k_for_q(whole: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+    q, k, v = QKV.split(whole, heads)
+    return k, q, v
+
+
+def test_another_number_of_heads_than_the_tensor_has_is_an_error() -> None:
+    with pytest.raises(ConversionError, match=r"has 8 rows, and 4 heads .* make 16"):
+        split(RULE, torch.zeros(8, 1), Heads(4, 2, 2), verify=True)
+
+
+def test_parts_of_different_dtypes_are_refused() -> None:
+    with pytest.raises(ConversionError, match=r"torch\.bfloat16, torch\.float32"):
+        merged(RULE, (Q, K.bfloat16(), V), HEADS, verify=True)
+
+
+def test_equal_bits_tell_nan_from_nothing_and_zero_from_minus_zero() -> None:
+    assert same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64))
+
+
+def test_a_rule_without_a_layer_has_one_name() -> None:
+    rule = Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE)
+    assert not rule.is_per_layer and rule.hf_names(3) == ("model.norm.weight",)
+    assert RULE.is_per_layer and RULE.hf_names(3) == ("3.q", "3.k", "3.v")

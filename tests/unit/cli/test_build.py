@@ -1,0 +1,158 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megasft.errors import StoreError
+from megasft.store import open_store
+
+from .conftest import Seen
+
+GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}'
+REPOSITORY = Path(__file__).resolve().parents[3]
+Megasft = Callable[..., Seen]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"messages": [', "not JSON"),
+        ('{"text": "Hi"}', "missing field"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
+        (GOOD.replace('"user"', '"narrator"'), "unknown role"),
+        (GOOD.replace('"Hi"', '"<|im_end|>"'), "special token in the text"),
+    ],
+)
+def test_a_bad_line_ends_in_its_place_and_a_count(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft, line: str, reason: str
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    arguments = ("build", "--input", path, "--tokenizer", tokenizer_dir, "--output")
+    seen = megasft(*arguments, tmp_path / "store")
+    assert seen.code == 1
+    assert f"{path}:2: {reason}" in seen.err
+    assert f"error: 1 of 3 records are bad (1 x {reason})" in seen.err
+    assert "Traceback" not in seen.err
+    assert not (tmp_path / "store").exists()
+
+    seen = megasft(*arguments, tmp_path / "store", "--skip-bad")
+    assert seen.code == 0
+    assert f"{path}:2: {reason}" in seen.err
+    assert f"rejected 1 x {reason}" in seen.out
+    assert open_store(tmp_path / "store").meta["counts"]["rejected"] == {reason: 1}
+
+
+def test_an_empty_file_ends_in_its_name_and_a_count(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    good, empty = tmp_path / "good.jsonl", tmp_path / "empty.jsonl"
+    good.write_text(GOOD)
+    empty.touch()
+    seen = megasft("build", "-i", good, empty, "--tokenizer", tokenizer_dir, "-o", tmp_path / "s")
+    assert seen.code == 1
+    assert f"error: {empty}:1: the file is empty (0 conversations)" in seen.err
+    assert not (tmp_path / "s").exists()
+
+
+def test_many_bad_lines_are_not_all_printed_but_all_counted(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("{\n" * 30)
+    seen = megasft("build", "-i", path, "--tokenizer", tokenizer_dir, "-o", tmp_path / "s")
+    assert f"{path}:20: not JSON" in seen.err
+    assert f"{path}:21:" not in seen.err
+    assert "30 of 30 records are bad (30 x not JSON)" in seen.err
+    assert len((tmp_path / "s.rejected.jsonl").read_text().splitlines()) == 30
+
+
+def test_input_takes_several_files_at_once(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for path in paths:
+        path.write_text(GOOD)
+    seen = megasft("build", "--input", *paths, "--tokenizer", tokenizer_dir, "-o", tmp_path / "s")
+    assert seen.code == 0
+    assert "3 samples, 3 turns" in seen.out
+    store = open_store(tmp_path / "s")
+    assert [store.source_line(i) for i in range(3)] == [f"{path}:1" for path in paths]
+
+
+def test_a_flag_without_effect_is_refused(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    arguments = ("--tokenizer", tokenizer_dir, "--format", "messages", "--prompt-key", "question")
+    seen = megasft("build", "-i", tmp_path / "a.jsonl", "-o", tmp_path / "s", *arguments)
+    assert seen.code == 1
+    assert "no effect with --format messages" in seen.err
+
+
+def test_help_teaches_with_an_example_and_says_what_happens_to_bad_records(
+    megasft: Megasft,
+) -> None:
+    assert "megasft build --input chats.jsonl" in megasft("--help").out
+    text = megasft("build", "--help").out
+    assert "megasft build --input chats.jsonl" in text
+    assert "no store is made and the exit code is 1" in " ".join(text.split())
+
+
+@contextmanager
+def running_build(path: Path, tokenizer: Path, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "megasft.cli.main", "build", "--input", path, "--workers", "2"]
+    process = subprocess.Popen(
+        [*map(str, command), "--tokenizer", str(tokenizer), "--output", str(output)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_killed_build_leaves_no_store_and_no_workers_and_can_be_restarted(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    path, store = tmp_path / "chats.jsonl", tmp_path / "store"
+    partial = tmp_path / "store.partial"
+    path.write_text(f"{GOOD}\n" * 10_000)
+    with running_build(path, tokenizer_dir, store) as process:
+        children: list[psutil.Process] = []
+
+        def started() -> bool:
+            children[:] = psutil.Process(process.pid).children()
+            return partial.exists() and len(children) == 2
+
+        wait_for(started)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert partial.exists()
+    with pytest.raises(StoreError, match="half-written"):
+        open_store(store)
+    seen = megasft("inspect", store)
+    assert seen.code == 1
+    assert "half-written" in seen.err
+    wait_for(lambda: not any(child.is_running() for child in children))
+
+    seen = megasft("build", "-i", path, "--tokenizer", tokenizer_dir, "-o", store)
+    assert seen.code == 0
+    assert len(open_store(store)) == 10_000
+    assert not partial.exists()
