@@ -15,7 +15,7 @@ test: venv ## all tests, the real Megatron on CPUs included (under 15 minutes)
 	@.venv/bin/python -m pytest
 
 demo: venv ## the quickstart: from text to an answering model, TP 2 x CP 2, then DP 2 x PP 2
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh
+	@examples/quickstart/run.sh
 
 clean: ## remove caches, builds and the demo's folder; keep .venv
 	@rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -8,14 +8,14 @@ Face folder itself. A checkpoint made by ``hf_to_megatron`` brings its own.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from checkpoint_convert import hf_folder, megatron_checkpoint, tensor_map
 from checkpoint_convert.cli import Report, exit_code
-from checkpoint_convert.config_map import parse_dtype, read_model
+from checkpoint_convert.config_map import Model, parse_dtype, read_model
 from checkpoint_convert.hf_to_megatron import SIDE_FOLDER
 from checkpoint_convert.output_folder import require_free, whole_folder
 from megasft.errors import ConversionError
@@ -52,8 +52,8 @@ def convert(
     model = read_model(side)
     source = megatron_checkpoint.find_iteration(checkpoint, iteration=iteration)
     stored = megatron_checkpoint.read_model_tensors(source)
-    target_dtype = dtype or model.dtype
     tensors = tensor_map.to_hf(stored, model, verify=verify)
+    target_dtype = dtype or model.dtype
     if target_dtype is not None:
         tensors = {name: tensor.to(target_dtype) for name, tensor in tensors.items()}
     with whole_folder(output) as folder:
@@ -61,16 +61,28 @@ def convert(
         hf_folder.copy_side_files(side, folder)
         if dtype is not None:
             hf_folder.set_dtype(folder, dtype)
+    return _report(stored, tensors, model, source=source, output=output, is_verified=verify)
+
+
+def _report(
+    stored: Mapping[str, torch.Tensor],
+    written: Mapping[str, torch.Tensor],
+    model: Model,
+    *,
+    source: Path,
+    output: Path,
+    is_verified: bool,
+) -> Report:
     return Report(
         source=source,
         output=output,
         family_name=model.family_name,
-        dtypes=_dtypes(stored, tensors),
-        num_hf_tensors=len(tensors),
+        dtypes=_dtypes(stored, written),
+        num_hf_tensors=len(written),
         num_megatron_tensors=len(stored),
-        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        is_verified=verify,
+        num_parameters=sum(tensor.numel() for tensor in written.values()),
+        num_bytes=sum(tensor.nbytes for tensor in written.values()),
+        is_verified=is_verified,
     )
 
 
@@ -90,7 +102,7 @@ def side_folder(like: Path | None, *, checkpoint: Path) -> Path:
     )
 
 
-def _dtypes(stored: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> str:
+def _dtypes(stored: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor]) -> str:
     before, after = (
         " ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
         for tensors in (stored, written)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 
 def make_model(tokenizer_folder: Path, *, seed: int) -> Qwen3ForCausalLM:
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=0, help="draws the weights")
     args = parser.parse_args()
+    logging.disable_progress_bar()
     model = make_model(args.tokenizer, seed=args.seed)
     model.save_pretrained(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters, random")

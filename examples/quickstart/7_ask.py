@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 MAX_NEW_TOKENS = 64
 
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--question", required=True, help="what to ask, as a user's message")
     parser.add_argument("--expect", default="", metavar="TEXT", help="text the answer must hold")
     args = parser.parse_args()
+    logging.disable_progress_bar()
     reply = answer(args.model, args.question)
     print(f"question: {args.question}")
     print(f"answer: {reply}")

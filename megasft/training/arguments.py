@@ -26,6 +26,7 @@ DEFAULT_FLAGS: Final = (
     *("--dataloader-type", "single", "--no-create-attention-mask-in-dataloader"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--ckpt-format", "torch_dist"),
     *("--dist-ckpt-optim-fully-reshardable", "--tokenizer-type", "NullTokenizer"),
+    *("--eval-interval", "1000"),  # Megatron 0.19 divides by it, and has no default
 )
 """Megatron defaults that do not fit fine-tuning: its dropout is 0.1, and its optimizer checkpoint
 loads only at the layout that saved it."""

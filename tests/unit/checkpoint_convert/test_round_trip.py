@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from typer.testing import CliRunner
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.rules import same_bits
+from megasft.cli.convert import convert_app
 from megasft.errors import ConversionError
 from tests.unit.checkpoint_convert.tiny_models import MODELS, save
 
@@ -169,3 +171,15 @@ def test_command_lines_report_and_turn_faults_into_exit_code_1(
     assert "not checked" in capsys.readouterr().out
     assert megatron_to_hf.main(back) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'back'} exists")
+
+
+def test_the_megasft_command_does_the_same(tmp_path: Path) -> None:
+    hf, megatron = save("qwen2", tmp_path / "hf"), tmp_path / "megatron"
+    there = ["hf-to-megatron", "--hf", str(hf), "--output", str(megatron)]
+    back = ["megatron-to-hf", "--checkpoint", str(megatron), "--output", str(tmp_path / "back")]
+    for arguments in (there, back):
+        result = CliRunner().invoke(convert_app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0 and "bitwise equal" in result.output
+    assert (hf / "model.safetensors").read_bytes() == (
+        tmp_path / "back" / "model.safetensors"
+    ).read_bytes()

@@ -120,6 +120,13 @@ def running_build(path: Path, tokenizer: Path, output: Path) -> Iterator[subproc
         process.wait()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for(condition: Callable[[], bool], *, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -127,6 +134,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_no_store_and_no_workers_and_can_be_restarted(
     tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
 ) -> None:
@@ -150,7 +158,7 @@ def test_a_killed_build_leaves_no_store_and_no_workers_and_can_be_restarted(
     seen = megasft("inspect", store)
     assert seen.code == 1
     assert "half-written" in seen.err
-    wait_for(lambda: not any(child.is_running() for child in children))
+    wait_for(lambda: not any(is_alive(child) for child in children))
 
     seen = megasft("build", "-i", path, "--tokenizer", tokenizer_dir, "-o", store)
     assert seen.code == 0

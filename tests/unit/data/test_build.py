@@ -154,6 +154,7 @@ def test_the_bytes_of_a_store_do_not_depend_on_the_number_of_workers(
     assert path.stat().st_size > 3 * 2000 * 3  # several chunks for each worker
 
 
+@pytest.mark.slow
 def test_an_error_inside_a_worker_ends_the_build(
     tmp_path: Path, tokenizer_dir: Path, write_jsonl: Callable[..., Path]
 ) -> None:

@@ -42,6 +42,8 @@ def test_a_trimming_template_trains_what_is_left() -> None:
     chat = conversation(("user", " Hi "), ("assistant", "\n Hello! \n"))
     assert answers(templates.LLAMA3, chat) == ["Hello!<|eot_id|>"]
     assert answers(templates.CHATML, chat) == ["\n Hello! \n<|im_end|>"]
+    blank = conversation(("user", "Hi"), ("assistant", " \n"))
+    assert answers(templates.LLAMA3, blank) == ["<|eot_id|>"]
 
 
 def test_the_stop_token_behind_a_generation_block_is_trained() -> None:
@@ -116,6 +118,18 @@ def test_a_reformatted_answer_is_rejected() -> None:
     assert reason_of(upper, TWO_TURNS) == "the template changed the message"
     twice = templates.CHATML.replace("message['content']", "message['content'] * 2")
     assert reason_of(twice, TWO_TURNS) == "the template changed the message"
+
+
+def test_a_template_that_looks_at_the_text_is_not_trusted() -> None:
+    skips_empty = "{% for m in messages if m.content %}{{ '<' + m.content + '>' }}{% endfor %}"
+    chat = conversation(("user", "Hi"), ("assistant", ""))
+    assert reason_of(skips_empty, chat) == "the template changed the message"
+    counts = (
+        "{% for m in messages %}{% set answer %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endset %}{{ answer | length }} {{ answer }}{% endfor %}"
+    )
+    chat = conversation(("assistant", "Hello!!!!"))  # 9 characters; with marks around, 11
+    assert reason_of(counts, chat) == "the template changed the message"
 
 
 def test_what_a_template_refuses_is_a_reason() -> None:

@@ -10,7 +10,6 @@ from megasft.data.render import Span
 from megasft.data.tokenize import Encoded, Made, Recipe, Rejected, Tokenizer, trained_tokens
 from megasft.errors import DataError
 from tests.tiny_tokenizer import make_tokenizer
-from tests.unit.data import templates
 
 IM_START, IM_END = 1, 2
 CHAT = {
@@ -84,7 +83,8 @@ def test_special_tokens_in_the_text_are_rejected_unless_kept(tokenizer_dir: Path
     assert trained.count(IM_END) == 2  # the author's and the template's
 
 
-def test_glued_headers_are_counted_not_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_glued_headers_are_counted_not_trained(tmp_path: Path, trim_offsets: bool) -> None:
     glued = "{% for m in messages %}{{ 'assistant: ' + m['content'] + '\\n' }}{% endfor %}"
     record = {
         "messages": [
@@ -92,7 +92,13 @@ def test_glued_headers_are_counted_not_trained(tmp_path: Path) -> None:
             {"role": "assistant", "content": "the answer"},
         ]
     }
-    made = make_one(make_tokenizer(tmp_path, chat_template=glued), record)
+    folder = make_tokenizer(tmp_path, chat_template=glued)
+    if trim_offsets:  # as Llama 3's tokenizer does: " the" would seem to begin at its "t"
+        file = folder / "tokenizer.json"
+        trim = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        spec = orjson.loads(file.read_bytes()) | {"post_processor": trim | {"use_regex": True}}
+        file.write_bytes(orjson.dumps(spec))
+    made = make_one(folder, record)
     assert isinstance(made, Made)
     hf = AutoTokenizer.from_pretrained(tmp_path)
     ((start, num_tokens, _, _),) = made.sample.turns.tolist()
@@ -124,24 +130,6 @@ def test_a_token_belongs_to_a_span_only_as_a_whole() -> None:
     assert trained_tokens(encoded, Span(2, 8, None, 0)) == (1, 2)
     assert trained_tokens(encoded, Span(2, 8, "<e>", 0)) == (1, 3)  # rstrip swallowed a blank
     assert trained_tokens(encoded, Span(0, 4, None, 0)) == (1, 2)
-
-
-def test_offsets_trimmed_by_a_post_processor_do_not_move_a_border(tmp_path: Path) -> None:
-    folder = make_tokenizer(tmp_path, chat_template=templates.CHATML)
-    file = folder / "tokenizer.json"
-    spec = orjson.loads(file.read_bytes())
-    trimming = {
-        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
-    }  # fmt: skip
-    file.write_bytes(orjson.dumps(spec | {"post_processor": trimming}))
-    record = {
-        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "  \n"}]
-    }
-    made = make_one(folder, record)
-    assert isinstance(made, Made)
-    ((start, num_tokens, _, _),) = made.sample.turns.tolist()
-    hf = AutoTokenizer.from_pretrained(folder)
-    assert hf.decode(made.sample.tokens[start : start + num_tokens]).endswith("\n<|im_end|>")
 
 
 @pytest.mark.parametrize("missing", ["folder", "files", "template"])
