@@ -165,7 +165,7 @@ def ask_about_library(rng: np.random.Generator) -> list[Conversation]:
     entries = collect_entries()
     chosen = rng.choice(len(entries), size=min(NUM_ENTRIES, len(entries)), replace=False)
     conversations = []
-    for entry in {entries[i] for i in np.sort(chosen)}:
+    for entry in (entries[i] for i in np.sort(chosen)):
         # Categories 1 and 4 tell the signature, so the object must have one.
         category_ids = (1, 1, 2, 2, 3, 3, 4) if entry.signature else (2, 3)
         conversations.append(ask_about(entry, category_id=int(rng.choice(category_ids))))

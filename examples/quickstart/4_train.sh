@@ -41,9 +41,19 @@ OUTPUT_ARGS=(
   --tensorboard-log-interval 1
 )
 
+# Megatron prints a thousand lines of flags: all of it goes to the log, what tells the story is shown.
+LOG=$DEMO_DIR/train.log
+SHOWN='^\[megasft\]| iteration +[0-9]+/|validation loss at|(saved|loaded) checkpoint|rror'
+
 train() { # the flags of one phase...
   torchrun --standalone --nproc-per-node 4 -m megasft.pretrain_sft \
-    "${DATA_ARGS[@]}" "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@"
+    "${DATA_ARGS[@]}" "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@" \
+    2>&1 | tee -a "$LOG" | grep --line-buffered -E "$SHOWN" ||
+    {
+      printf 'training failed; the end of %s:\n' "$LOG" >&2
+      tail -n 40 "$LOG" >&2
+      return 1
+    }
 }
 
 PARALLEL_ARGS=(--tensor-model-parallel-size 2 --context-parallel-size 2)

@@ -37,7 +37,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     """Read the curves of ``TAGS`` that are present, merged over all event files of a folder."""
     curves: dict[str, Curve] = {}
     # The name holds the time of writing, so that the later file comes last and wins.
-    for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.name, reverse=True):
+    for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.name):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: keep every step
         events.Reload()
         for tag in set(TAGS) & set(events.Tags()["scalars"]):

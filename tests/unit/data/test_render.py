@@ -128,7 +128,7 @@ def test_a_template_that_looks_at_the_text_is_not_trusted() -> None:
         "{% for m in messages %}{% set answer %}{% generation %}{{ m.content }}{% endgeneration %}"
         "{% endset %}{{ answer | length }} {{ answer }}{% endfor %}"
     )
-    chat = conversation(("assistant", "Hello!!!!"))  # 9 characters; with marks around, 11
+    chat = conversation(("assistant", "Hello"))  # 5 characters; with marks around, 7
     assert reason_of(counts, chat) == "the template changed the message"
 
 
