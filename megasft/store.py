@@ -105,10 +105,13 @@ class StoreWriter:
     def __init__(self, path: Path, *, vocab_size: int, overwrite: bool = False) -> None:
         self.path, self._overwrite = path, overwrite
         self.partial = path.with_name(path.name + ".partial")
-        if path.exists() and not overwrite:
-            raise StoreError(f"{path} exists already; pass --overwrite to replace it")
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.partial.with_name(self.partial.name + ".lock"))
+        try:
+            _require_replaceable(path, overwrite=overwrite)
+        except StoreError:
+            self._unlock()
+            raise
         self.restarted = self.partial.exists()
         if self.restarted:
             shutil.rmtree(self.partial)
@@ -182,23 +185,38 @@ class StoreWriter:
         if not self._finished:
             self._tokens.abandon()
             self._turns.abandon()
-        lock_path = self.partial.with_name(self.partial.name + ".lock")
-        lock_path.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        self.partial.with_name(self.partial.name + ".lock").unlink(missing_ok=True)
         os.close(self._lock)
+
+
+def _require_replaceable(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise StoreError(f"{path} exists already; pass --overwrite to replace it")
+    if path.exists() and not (path / META).is_file():
+        raise StoreError(
+            f"{path} exists and is not a token store; it is not replaced, move it away"
+        )
 
 
 def _lock(path: Path) -> int:
     """Take the build lock; the kernel frees it when the process dies, however it dies."""
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise StoreError(
+                f"another build is writing {path.name.removesuffix('.partial.lock')} right now; "
+                "wait for it, or choose another --output"
+            ) from None
+        # The build before may have removed the file between our two calls: lock the one that lasts.
+        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            return handle
         os.close(handle)
-        raise StoreError(
-            f"another build is writing {path.name.removesuffix('.partial.lock')} right now; "
-            "wait for it, or choose another --output"
-        ) from None
-    return handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +299,10 @@ def open_store(path: Path | str) -> TokenStore:
             f"{FORMAT_VERSION}; build the store again"
         )
     tokens, turns = _open_sequences(path / TOKENS), _open_sequences(path / TURNS)
-    lineage = np.load(path / LINEAGE, mmap_mode="r")
+    try:
+        lineage = np.load(path / LINEAGE, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path / LINEAGE} is damaged ({error}); build the store again") from None
     if not len(tokens.lengths) == len(turns.lengths) == len(lineage):
         raise StoreError(
             f"{path} is damaged: {len(tokens.lengths):,} samples, {len(turns.lengths):,} turn "
@@ -297,6 +318,12 @@ def _open_sequences(prefix: Path) -> SequenceFile:
         raise StoreError(f"{prefix}.idx/.bin is missing or not an index; build the store again")
     dtype = _DTYPE_CODES[head[17]]
     (count,) = struct.unpack("<Q", head[18:26])
+    wanted = _INDEX_HEADER_BYTES + count * (4 + 8) + (count + 1) * 8
+    if idx.stat().st_size != wanted:
+        raise StoreError(
+            f"{idx} has {idx.stat().st_size:,} bytes, its header says {wanted:,}; "
+            "build the store again"
+        )
     lengths = np.memmap(idx, "<i4", "r", _INDEX_HEADER_BYTES, (count,)) if count else _empty("<i4")
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     total = int(offsets[-1])

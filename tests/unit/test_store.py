@@ -101,11 +101,24 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path: Path) -> None:
     write(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "turns.bin", "turns.idx"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+def test_overwriting_replaces_nothing_but_a_store(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").write_text("years of work")
+    with pytest.raises(StoreError, match="is not a token store; it is not replaced"):
+        StoreWriter(tmp_path / "thesis", vocab_size=10, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+    assert (tmp_path / "thesis" / "chapter1").exists()
+
+
+DAMAGED = ["tokens.bin", "tokens.idx", "turns.bin", "turns.idx", "lineage.npy"]
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 40])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, lost_bytes: int) -> None:
     path = write(tmp_path / "store")
     data = (path / name).read_bytes()
-    (path / name).write_bytes(data[:-1] if name.endswith(".bin") else data[:20])
+    (path / name).write_bytes(data[:-lost_bytes])
     with pytest.raises(StoreError, match=name.split(".")[0]):
         open_store(path)
 
