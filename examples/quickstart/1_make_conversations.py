@@ -86,8 +86,8 @@ def signature_of(name: str, member: object) -> str:
     """Return an object's name with its parameters, or "" where Python does not know them."""
     try:
         signature = name + str(inspect.signature(member))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return ""
+    except (AttributeError, NameError, TypeError, ValueError):
+        return ""  # some built-ins declare defaults that Python itself cannot evaluate
     # An address or the order of a set changes with the process, and a path with the machine.
     if any(s in signature for s in ("<", "{", " at 0x", sys.prefix)):
         return ""

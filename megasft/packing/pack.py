@@ -76,34 +76,39 @@ def best_fit(
 def _row_of_each_slot(histogram: npt.NDArray[np.int64], row_tokens: int) -> npt.NDArray[np.int64]:
     """Return the row of each placed sample, longest samples first.
 
-    ``open_rows[room]`` holds runs of rows with that much room left; a length takes from the
-    smallest sufficient room until none of its samples is left, then opens new rows.
+    ``open_rows[room]`` holds runs of rows with that much room left. Best fit puts sample after
+    sample of one length into the same row until it is full, so a row with room ``r`` takes
+    ``r // length`` of them at once, and so do all rows of its run.
     """
     open_rows: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(row_tokens + 1)]
     has_rows = np.zeros(row_tokens + 1, dtype=bool)
     placed: list[npt.NDArray[np.int64]] = []
     num_rows = 0
+
+    def put_back(rows: npt.NDArray[np.int64], room: int) -> None:
+        if room and len(rows):
+            open_rows[room].append(rows)
+            has_rows[room] = True
+
     for length in np.flatnonzero(histogram)[::-1].tolist():
         left = int(histogram[length])
         while left:
             fitting = np.flatnonzero(has_rows[length:])
             room = length + int(fitting[0]) if len(fitting) else row_tokens
+            per_row = room // length
             if len(fitting):
                 rows = open_rows[room].pop()
                 has_rows[room] = bool(open_rows[room])
-                if len(rows) > left:
-                    open_rows[room].append(rows[left:])
-                    has_rows[room] = True
-                    rows = rows[:left]
             else:
-                # A fresh row takes one sample now; the next turn of the loop fills it up.
-                per_row = row_tokens // length
-                fresh = -(-left // per_row)
-                rows = np.arange(num_rows, num_rows + fresh)
-                num_rows += fresh
-            placed.append(rows)
-            left -= len(rows)
-            if room > length:
-                open_rows[room - length].append(rows)
-                has_rows[room - length] = True
+                rows = np.arange(num_rows, num_rows + -(-left // per_row))
+                num_rows += len(rows)
+            # [a, b, c] with 2 samples each: a a b b c c; what is left over goes into one more row.
+            full = min(len(rows), left // per_row)
+            rest = left - full * per_row if full < len(rows) else 0
+            placed += [np.repeat(rows[:full], per_row), np.repeat(rows[full : full + 1], rest)]
+            put_back(rows[:full], room - per_row * length)
+            if rest:
+                put_back(rows[full : full + 1], room - rest * length)
+            put_back(rows[full + bool(rest) :], room)
+            left -= full * per_row + rest
     return np.concatenate(placed) if placed else np.zeros(0, np.int64)
