@@ -30,12 +30,10 @@ from torch.overrides import TorchFunctionMode
 logger = logging.getLogger(__name__)
 
 CPU_FLAGS: Final = (
-    *("--distributed-backend", "gloo", "--transformer-impl", "local"),
-    *("--attention-backend", "unfused", "--no-masked-softmax-fusion", "--no-rope-fusion"),
-    *("--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"),
-    *("--no-persist-layer-norm", "--num-workers", "0"),
+    *("--distributed-backend", "gloo", "--num-workers", "0"),
+    *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"),
 )
-"""Megatron flags a machine without CUDA needs; set for the user, before the user's own flags."""
+"""Megatron flags a machine without CUDA needs beside those of the local layer spec."""
 
 _prepared = False
 

@@ -32,13 +32,22 @@ def turn_losses(model: PreTrainedModel, sample: Sample) -> list[torch.Tensor]:
     return losses
 
 
-def global_batch(model: PreTrainedModel, samples: Iterable[Sample], *, objective: str) -> Oracle:
-    """Average over all turns, samples or labels of a global batch; and the gradient's norm."""
+def global_batch(
+    model: PreTrainedModel, samples: Iterable[Sample], *, objective: str, dft_alpha: float = 0.0
+) -> Oracle:
+    """Average over all turns, samples or labels of a global batch; and the gradient's norm.
+
+    DFT multiplies each cross entropy by ``alpha * p + 1 - alpha``, p being a constant for the
+    gradient.
+    """
     assert next(model.parameters()).dtype == torch.float64
     model.zero_grad()
     total, units = torch.zeros((), dtype=torch.float64), 0
     for sample in samples:
-        losses = turn_losses(model, sample)
+        losses = [
+            ce * (dft_alpha * torch.exp(-ce.detach()) + 1 - dft_alpha)
+            for ce in turn_losses(model, sample)
+        ]
         if objective == "turn":
             parts, count = [turn.mean() for turn in losses], len(losses)
         elif objective == "sample":

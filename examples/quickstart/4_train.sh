@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train 100 steps on four CPU processes: 50 as TP 2 x CP 2, then resumed as DP 2 x PP 2.
+# Train 100 steps on four CPU processes: half as TP 2 x CP 2, then resumed as DP 2 x PP 2.
 #
 # Nothing else changes between the two calls, and the loss goes on as if nothing had: the rows and
 # the divisor of the loss do not depend on the layout.
 set -euo pipefail
 
 DEMO_DIR=${DEMO_DIR:-demo}
+STEPS=${DEMO_STEPS:-100}
+HALF=$((STEPS / 2))
 export CUDA_VISIBLE_DEVICES='' # the same demo on every machine
 export OMP_NUM_THREADS=1       # four processes share the cores as it is
 
@@ -22,11 +24,11 @@ MODEL_ARGS=(
 TRAINING_ARGS=(
   --megasft-loss turn
   --calculate-per-token-loss
-  --train-iters 100
+  --train-iters "$STEPS"
   --lr 5e-3
   --min-lr 5e-4
   --lr-decay-style cosine
-  --lr-warmup-iters 10
+  --lr-warmup-fraction 0.1
   --adam-beta2 0.95
   --weight-decay 0.01
   --clip-grad 1.0
@@ -34,8 +36,8 @@ TRAINING_ARGS=(
 OUTPUT_ARGS=(
   --load "$DEMO_DIR/checkpoints"
   --save "$DEMO_DIR/checkpoints"
-  --save-interval 50
-  --eval-interval 50
+  --save-interval "$HALF"
+  --eval-interval "$HALF"
   --log-interval 1
   --tensorboard-dir "$DEMO_DIR/tensorboard"
   --tensorboard-log-interval 1
@@ -57,7 +59,7 @@ train() { # the flags of one phase...
 }
 
 PARALLEL_ARGS=(--tensor-model-parallel-size 2 --context-parallel-size 2)
-train "${PARALLEL_ARGS[@]}" --exit-interval 50
+train "${PARALLEL_ARGS[@]}" --exit-interval "$HALF"
 
 PARALLEL_ARGS=(--pipeline-model-parallel-size 2) # four processes: the other factor 2 is DP
 train "${PARALLEL_ARGS[@]}"

@@ -31,6 +31,13 @@ DEFAULT_FLAGS: Final = (
 """Megatron defaults that do not fit fine-tuning: its dropout is 0.1, and its optimizer checkpoint
 loads only at the layout that saved it."""
 
+LOCAL_SPEC_FLAGS: Final = (
+    *("--transformer-impl", "local", "--attention-backend", "unfused"),
+    *("--no-persist-layer-norm", "--no-gradient-accumulation-fusion", "--no-rope-fusion"),
+    *("--no-masked-softmax-fusion",),
+)
+"""Layers and kernels Megatron has without Transformer Engine and Apex."""
+
 ATTENTION_CHOICES: Final = ("auto", "te", "sdpa", "reference")
 
 
@@ -104,14 +111,14 @@ def assemble_argv(user_argv: Sequence[str]) -> list[str]:
     known, _ = early.parse_known_args(list(user_argv))
     flags: list[str] = [*DEFAULT_FLAGS]
     if cpu.is_needed():
-        flags += cpu.CPU_FLAGS
+        flags += [*cpu.CPU_FLAGS, *LOCAL_SPEC_FLAGS]
     elif known.transformer_impl is None and not has("transformer_engine"):
-        flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
+        flags += LOCAL_SPEC_FLAGS
     if known.megasft_hf:
         flags += _model_flags(known.megasft_hf)
         if known.pretrained_checkpoint is None:
             flags += ["--pretrained-checkpoint", str(known.megasft_hf)]
-    return flags + list(user_argv)
+    return [*flags, *user_argv]
 
 
 def _model_flags(folder: Path) -> list[str]:

@@ -43,8 +43,9 @@ class World(SimpleNamespace):
         rows = [plan.rows[order[k]] for k in range(BATCH)]
         return [self.store.sample(int(i)) for row in rows for i in row]
 
-    def oracle(self, objective: str) -> Oracle:
-        return global_batch(self.model, self.first_batch(), objective=objective)
+    def oracle(self, objective: str, *, dft_alpha: float = 0.0) -> Oracle:
+        batch = self.first_batch()
+        return global_batch(self.model, batch, objective=objective, dft_alpha=dft_alpha)
 
     def flags(self, name: str, *more: object) -> list[str]:
         """Flags of a run that logs to ``folder / name``; later ones win."""

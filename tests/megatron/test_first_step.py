@@ -56,31 +56,24 @@ def test_loss_and_gradient_norm_equal_the_float64_definition(world: World, world
 
 def test_every_objective_and_the_validation_loss_equal_their_definition(world: World) -> None:
     """Validation takes the same road: sum over sum over a whole store of any size."""
-    objectives = ("turn", "sample", "token")
+    cases = [("turn", 0.0), ("sample", 0.0), ("token", 0.0), ("turn", 0.8)]
     # A learning rate of 0 leaves the weights alone, so validation after the step is comparable.
+    still = ("--micro-batch-size", 2, "--lr", 0, "--context-parallel-size", 2)
     runs = [
-        world.flags(
-            f"objective-{o}",
-            "--megasft-loss",
-            o,
-            "--micro-batch-size",
-            2,
-            "--lr",
-            0,
-            "--context-parallel-size",
-            2,
-        )
-        for o in objectives
+        world.flags(f"{o}-{a}", "--megasft-loss", o, "--megasft-dft-alpha", a, *still)
+        for o, a in cases
     ]
     train(2, runs, world.folder / "objectives")
 
     losses = set()
-    for objective in objectives:
-        logged = scalars(world.folder / f"objective-{objective}")
-        expected = world.oracle(objective)
-        assert logged["lm loss"][1] == pytest.approx(expected.loss, rel=1e-5), objective
-        assert logged["grad-norm"][1] == pytest.approx(expected.grad_norm, rel=1e-4), objective
+    for objective, alpha in cases:
+        name = f"{objective}-{alpha}"
+        logged = scalars(world.folder / name)
+        expected = world.oracle(objective, dft_alpha=alpha)
+        assert logged["lm loss"][1] == pytest.approx(expected.loss, rel=1e-5), name
+        assert logged["grad-norm"][1] == pytest.approx(expected.grad_norm, rel=1e-4), name
         losses.add(round(expected.loss, 3))
-        valid = global_batch(world.model, world.whole_store(), objective=objective)
-        assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), objective
-    assert len(losses) == 3, "the three objectives must differ for this test to say anything"
+        whole = world.whole_store()
+        valid = global_batch(world.model, whole, objective=objective, dft_alpha=alpha)
+        assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), name
+    assert len(losses) == len(cases), "the losses must differ for this test to say anything"
