@@ -68,10 +68,17 @@ def configure_logging(*, rank: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and turn a user's fault into one message on rank 0 and exit code 1."""
+    argv = sys.argv[1:] if argv is None else argv
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank=rank)
+    if {"-h", "--help"} & set(argv):
+        cpu.prepare()
+        from megasft.training.arguments import help_text
+
+        sys.stdout.write(help_text())
+        return 0
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        run(argv)
     except MegasftError as error:
         if rank == 0:
             logger.error("error: %s", error)

@@ -61,7 +61,7 @@ def parse(line: bytes, mapping: FieldMap) -> Conversation:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadRecordError("not JSON", f"not JSON: {error}") from None
+        raise BadRecordError("not JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRecordError("not an object", f"a record is an object, this is {_kind(record)}")
     return FORMATS[_format_of(record, mapping)](record, mapping)

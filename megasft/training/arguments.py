@@ -98,6 +98,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def help_text() -> str:
+    """Return the help of our flags, then that of Megatron's.
+
+    Megatron 0.19's own ``--help`` fails: some of its texts hold a bare ``%``, which argparse takes
+    for a format. Those are printed as they stand.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    ours = argparse.ArgumentParser(
+        prog="torchrun ... -m megasft.pretrain_sft",
+        usage="%(prog)s <Megatron flags> --megasft-data STORE --calculate-per-token-loss ...",
+        description="Fine-tune with Megatron's own training loop on packed rows.",
+        add_help=False,
+    )
+    add_arguments(ours)
+    megatron = argparse.ArgumentParser(usage="Megatron's own flags", add_help=False)
+    add_megatron_arguments(megatron)
+    for action in megatron._actions:
+        try:
+            _ = (action.help or "") % (vars(action) | {"prog": megatron.prog})
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
+    return ours.format_help() + "\n" + megatron.format_help()
+
+
 def assemble_argv(user_argv: Sequence[str]) -> list[str]:
     """Put everything that is set for the user before the user's own flags.
 

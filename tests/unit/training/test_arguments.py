@@ -78,3 +78,10 @@ def test_ids_the_model_has_no_row_for_are_refused() -> None:
     assert args.vocab_size == 300
     with pytest.raises(FlagError, match="tokenized with 300 ids, the model has 256"):
         arguments.set_vocabulary(SimpleNamespace(vocab_size=256, padded_vocab_size=None), store)
+
+
+def test_the_help_shows_our_flags_first_and_all_of_megatrons() -> None:
+    text = arguments.help_text()
+
+    assert text.index("--megasft-data STORE") < text.index("--tensor-model-parallel-size")
+    assert "--calculate-per-token-loss" in text and "%(default)s" not in text
