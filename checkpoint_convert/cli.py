@@ -1,5 +1,6 @@
-"""What both conversions print, and how their faults become exit codes."""
+"""What both conversions take and print, and how their faults become exit codes."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ class Report:
     num_bytes: int
     is_verified: bool
     flags: tuple[str, ...] = ()
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags both directions have."""
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not map every tensor back and compare"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier conversion at --output"
+    )
 
 
 def show(report: Report) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 import orjson
 
 from checkpoint_convert import hf_folder, megatron_checkpoint, tensor_map
-from checkpoint_convert.cli import Report, exit_code
+from checkpoint_convert.cli import Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, read_model
 from checkpoint_convert.output_folder import require_free, whole_folder
 from megasft.errors import ConversionError
@@ -81,12 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="model folder")
     parser.add_argument("--output", type=Path, required=True, metavar="CKPT", help="checkpoint")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not map every tensor back and compare"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion at --output"
-    )
+    add_shared_arguments(parser)
     args = parser.parse_args(argv)
     return exit_code(
         lambda: convert(args.hf, args.output, verify=not args.no_verify, overwrite=args.overwrite)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint_convert import hf_folder, megatron_checkpoint, tensor_map
-from checkpoint_convert.cli import Report, exit_code
+from checkpoint_convert.cli import Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, parse_dtype, read_model
 from checkpoint_convert.hf_to_megatron import SIDE_FOLDER
 from checkpoint_convert.output_folder import require_free, whole_folder
@@ -129,12 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(default: the checkpoint itself)",
     )
     parser.add_argument("--dtype", help="default: what config.json says")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not map every tensor back and compare"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion at --output"
-    )
+    add_shared_arguments(parser)
     args = parser.parse_args(argv)
     return exit_code(
         lambda: convert(
