@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> None:
     validate_args(args)
     datasets.set_eval_iters(args, data)
     datasets.announce(args, data)
+    datasets.check_length(args, data)
     set_global_variables(args)
 
     config = pretrain_cfg_container_from_args(args, model_config(args))

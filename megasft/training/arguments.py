@@ -164,6 +164,8 @@ def check(args: Any) -> None:
     """
     if args.megasft_data is None:
         raise FlagError("--megasft-data STORE is missing; make a store with `megasft build`")
+    if args.seq_length is None:
+        raise FlagError("--seq-length N is missing: the tokens of a packed row")
     if not args.calculate_per_token_loss:
         raise FlagError(
             f"without --calculate-per-token-loss Megatron divides every micro-batch by its own "

@@ -97,6 +97,21 @@ def announce(args: Any, data: RunData) -> None:
             )
 
 
+def check_length(args: Any, data: RunData) -> None:
+    """Refuse a run that does not say how long it is, and say how long an epoch is.
+
+    Raises:
+        FlagError: Neither --train-iters nor --train-samples is given.
+    """
+    if args.skip_train or args.train_iters is not None or args.train_samples is not None:
+        return
+    rows, batch = len(data.train.plan), args.global_batch_size
+    raise FlagError(
+        f"--train-iters is missing; an epoch of {rows:,} rows is {-(-rows // batch):,} iterations "
+        f"of {batch:,} rows"
+    )
+
+
 def set_eval_iters(args: Any, data: RunData) -> None:
     """Make every evaluation cover the whole validation store, whatever its size."""
     if data.valid is None:

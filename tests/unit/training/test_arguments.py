@@ -12,6 +12,7 @@ from megasft.training import arguments
 def flags(**changes: Any) -> SimpleNamespace:
     good = {
         "megasft_data": "store",
+        "seq_length": 128,
         "calculate_per_token_loss": True,
         "megasft_loss": "turn",
         "megasft_dft_alpha": 0.0,
@@ -37,6 +38,7 @@ def test_good_flags_pass() -> None:
     ("changes", "message"),
     [
         ({"megasft_data": None}, "--megasft-data STORE is missing"),
+        ({"seq_length": None}, "--seq-length N is missing"),
         ({"calculate_per_token_loss": False}, "the turn mean would not be global; add the flag"),
         ({"megasft_dft_alpha": 1.5}, r"1.5; it must lie in \[0, 1\]"),
         ({"megasft_align_tokens": 0}, "the least is 1"),

@@ -1,0 +1,99 @@
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megasft.errors import FlagError
+from megasft.training import datasets
+from tests.stores import random_samples, sample, write_store
+
+
+def flags(store: Path, **changes: Any) -> SimpleNamespace:
+    good = {
+        "megasft_data": str(store),
+        "megasft_valid_data": str(store),
+        "megasft_align_tokens": 8,
+        "megasft_plan_cache": None,
+        "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "seq_length": 64,
+        "seed": 0,
+        "vocab_size": None,
+        "padded_vocab_size": None,
+        "global_batch_size": 4,
+        "eval_global_batch_size": 4,
+        "skip_train": False,
+        "train_iters": None,
+        "train_samples": None,
+    }
+    return SimpleNamespace(**(good | changes))
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_rows_do_not_depend_on_the_layout(tmp_path: Path, cp_size: int) -> None:
+    write_store(tmp_path / "store", random_samples(60, seed=1))
+
+    alone = datasets.open_data(flags(tmp_path / "store"))
+    layout = {"context_parallel_size": cp_size, "tensor_model_parallel_size": 2}
+    spread = datasets.open_data(flags(tmp_path / "store", **layout))
+
+    assert spread.train.plan.identity == alone.train.plan.identity
+    assert spread.train.plan.rows.samples.tolist() == alone.train.plan.rows.samples.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"seq_length": 60}, "set it to 64"),
+        ({"seq_length": 72, "context_parallel_size": 8}, "TP 1 x CP 8 .* set it to 80"),
+        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, "set it to 72"),
+    ],
+)
+def test_a_row_length_that_cannot_be_cut_is_refused_with_the_next_that_can(
+    tmp_path: Path, changes: dict[str, Any], remedy: str
+) -> None:
+    write_store(tmp_path / "store", random_samples(10, seed=1))
+
+    with pytest.raises(FlagError, match=remedy):
+        datasets.open_data(flags(tmp_path / "store", **changes))
+
+
+def test_what_an_epoch_holds_and_what_is_left_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_store(tmp_path / "store", [sample([1] * n, (1, n - 1)) for n in (32, 32, 64, 80, 90)])
+    args = flags(tmp_path / "store", megasft_valid_data=None)
+    data = datasets.open_data(args)
+
+    with caplog.at_level(logging.INFO, "megasft"):
+        datasets.announce(args, data)
+
+    epoch, left_out = caplog.messages
+    assert "2 rows of 64 tokens (0.00 % padding), 3 samples, 3 turns, 128 tokens" in epoch
+    assert "125 of them labels; an epoch is 0.50 iterations of 4 rows" in epoch
+    assert "2 of 5 samples are longer than --seq-length 64 and are left out (170 tokens" in left_out
+    assert left_out.endswith("first: made.jsonl:4)")
+
+
+def test_a_run_without_a_length_is_refused_with_the_length_of_an_epoch(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [sample([1] * 64, (1, 5))] * 9)
+    args = flags(tmp_path / "store")
+    data = datasets.open_data(args)
+
+    with pytest.raises(FlagError, match="an epoch of 9 rows is 3 iterations of 4 rows"):
+        datasets.check_length(args, data)
+    datasets.check_length(flags(tmp_path / "store", train_iters=1), data)
+
+
+def test_evaluation_covers_the_whole_store_whatever_its_size(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [sample([1] * 64, (1, 5))] * 9)
+    args = flags(tmp_path / "store")
+    data = datasets.open_data(args)
+
+    datasets.set_eval_iters(args, data)
+    assert args.eval_iters == 3  # 9 rows in batches of 4, the last one filled up
+    datasets.set_eval_iters(args, data._replace(valid=None))
+    assert args.eval_iters == 0
