@@ -43,7 +43,7 @@ def global_batch(
     assert next(model.parameters()).dtype == torch.float64
     model.zero_grad()
     total, units = torch.zeros((), dtype=torch.float64), 0
-    for sample in samples:
+    for sample in (s for s in samples if len(s.turns)):
         losses = [
             ce * (dft_alpha * torch.exp(-ce.detach()) + 1 - dft_alpha)
             for ce in turn_losses(model, sample)

@@ -2,9 +2,11 @@
 
 import pytest
 
-from tests.megatron.conftest import BATCH, World
+from megasft.packing.plan import plan_rows
+from tests.megatron.conftest import BATCH, ROW_TOKENS, SEED, World
 from tests.megatron.runs import scalars, train
 from tests.oracle import global_batch
+from tests.stores import sample, write_store
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +79,38 @@ def test_every_objective_and_the_validation_loss_equal_their_definition(world: W
         valid = global_batch(world.model, whole, objective=objective, dft_alpha=alpha)
         assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), name
     assert len(losses) == len(cases), "the losses must differ for this test to say anything"
+
+
+def test_edge_rows_change_nothing(world: World) -> None:
+    """What kills runs elsewhere: rows and micro-batches without a label, a document that fills its
+    row, a turn across every seam, documents shorter than a share, a validation set smaller than a
+    batch. Not covered: a global batch without any label, in which there is nothing to train.
+    """
+    ids = [(7 * i) % 251 for i in range(ROW_TOKENS)]
+    fills_its_row = sample(ids, (1, ROW_TOKENS - 1))
+    without_labels = sample(ids[:90])
+    shorter_than_a_share = [sample(ids[i : i + 2], (1, 1)) for i in range(5)]
+    many_turns = sample(ids[:60], *((i, 1) for i in range(1, 60, 2)))
+    samples = [fills_its_row, without_labels, *shorter_than_a_share, many_turns]
+    store = write_store(world.folder / "edges", samples)
+    small = write_store(world.folder / "small", [many_turns])
+    rows = plan_rows(store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
+    assert sorted(rows.turns.tolist())[:1] == [0], "one row must be without labels"
+    data = ("--megasft-data", store.path, "--megasft-valid-data", small.path, "--lr", 0)
+    sizes = ("--global-batch-size", 4, "--micro-batch-size", 1)
+    assert len(rows) == 4
+
+    layouts = {2: {"DP 2": (), "CP 2": ("--context-parallel-size", 2)}}
+    layouts[4] = {"CP 4": ("--context-parallel-size", 4)}
+    for world_size, named in layouts.items():
+        runs = [world.flags(f"edge {n}", *data, *sizes, *flags) for n, flags in named.items()]
+        train(world_size, runs, world.folder / f"edges{world_size}")
+
+    expected = global_batch(world.model, samples, objective="turn")
+    valid = global_batch(world.model, [many_turns], objective="turn")
+    assert (expected.units, valid.units) == (36, 30)
+    for name in (n for named in layouts.values() for n in named):
+        logged = scalars(world.folder / f"edge {name}")
+        assert logged["lm loss"][1] == pytest.approx(expected.loss, rel=1e-5), name
+        assert logged["grad-norm"][1] == pytest.approx(expected.grad_norm, rel=1e-4), name
+        assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), name
