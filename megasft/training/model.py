@@ -1,14 +1,22 @@
 """Megatron's GPT model with our attention in its layers, through the official layer-spec hook."""
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megasft.attention.core_attention import PackedCoreAttention
 from megasft.errors import FlagError
 from megasft.training.arguments import attention_backend
+from megasft.training.norm import torch_norm
 
 
 def model_config(args: Any) -> GPTModelConfig:
@@ -36,10 +44,22 @@ def model_config(args: Any) -> GPTModelConfig:
 
 
 def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, backend: str) -> Any:
-    """Return Megatron's own layer spec with core attention replaced."""
+    """Return Megatron's own layer spec with core attention, and torch's norms, replaced."""
     spec = default_layer_spec(config, vp_stage)
-    # Mixture-of-experts models get one spec per layer, dense ones a single spec for all.
-    for layer in getattr(spec, "layer_specs", [spec]):
+    if isinstance(spec, ModuleSpec):
+        # One spec for all layers of a dense model; the block also names the norm behind them.
+        num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
+        spec = TransformerBlockSubmodules([spec] * num_layers, layer_norm=WrappedTorchNorm)
+    _replace_norms(spec)
+    for layer in spec.layer_specs:
+        _replace_norms(layer.submodules)
         attention = layer.submodules.self_attention.submodules
+        _replace_norms(attention)
         attention.core_attention = partial(PackedCoreAttention, backend=backend)
     return spec
+
+
+def _replace_norms(submodules: Any) -> None:
+    for field in fields(submodules):
+        if getattr(submodules, field.name) is WrappedTorchNorm:
+            setattr(submodules, field.name, torch_norm)
