@@ -125,7 +125,9 @@ def datasets_provider(
 ) -> Callable[[Any], tuple[PackedRows, PackedRows | None, None]]:
     """Return what Megatron calls for its train, validation and test datasets."""
 
-    def provide(_num_samples: Any) -> tuple[PackedRows, PackedRows | None, None]:
+    def provide(
+        _num_samples: Any, vp_stage: int | None = None
+    ) -> tuple[PackedRows, PackedRows | None, None]:
         from megatron.core import mpu
 
         def rows(planned: PlannedStore, order: RowOrder | WholeSet) -> PackedRows:

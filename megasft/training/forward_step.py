@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megasft.attention.core_attention import packed_row
@@ -29,7 +30,8 @@ def forward_step_func(args: Any) -> Callable[[Iterator[Any], Any], tuple[torch.T
             cp_rank=mpu.get_context_parallel_rank(),
             cp_size=cp_size,
         )
-        if model.training and not getattr(model, "vp_stage", None):
+        # Interleaved stages see each micro-batch once per chunk; it counts once.
+        if model.training and not get_attr_wrapped_model(model, "vp_stage"):
             update_seqlen_stats_from_cu_seqlens(batch.cu_seqlens_unpadded)
         batch = _to_device(batch, device)
         losses = model(

@@ -26,7 +26,7 @@ class World(SimpleNamespace):
         self.folder = folder
         self.store = write_store(folder / "store", random_samples(150, seed=5, vocab=VOCAB))
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         ends = {"tie_word_embeddings": False, "vocab_size": VOCAB, "max_position_embeddings": 512}
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **ends, initializer_range=0.2))

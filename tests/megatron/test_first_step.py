@@ -26,6 +26,9 @@ LAYOUTS = {
             "--sequence-parallel",
         ),
         "DP 2 x PP 2": ("--pipeline-model-parallel-size", 2),
+        "DP 2 x PP 2, interleaved": (
+            *("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
+        ),
         "CP 4": ("--context-parallel-size", 4),
     },
 }
