@@ -23,7 +23,7 @@ CHATML: Final = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB_MULTIPLE: Final = 128
-"""Megatron pads the output layer to a multiple of 128 x TP; ours needs no padding at TP 1."""
+"""Tensor parallelism cuts the vocabulary evenly; this divides by every usual TP, unpadded."""
 
 
 def texts(path: Path) -> Iterator[str]:

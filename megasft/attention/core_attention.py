@@ -44,8 +44,8 @@ class PackedRow(PackedSeqParams):
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """Where each row position lies in the gathered shares."""
-        return row_order(self.borders, cp_size=self.cp_size)
+        """Where each row position lies in the gathered shares; on the device, once per row."""
+        return row_order(self.borders, cp_size=self.cp_size).to(self.cu_seqlens_q.device)
 
 
 def packed_row(
@@ -126,8 +126,7 @@ class PackedCoreAttention(MegatronModule):
             raise FlagError("megasft attention computes packed rows without attention bias only")
         row = packed_seq_params
         if row.cp_size > 1:
-            order = row.order.to(key.device)
-            key, value = (gather_row(x, order, self.cp_group) for x in (key, value))
+            key, value = (gather_row(x, row.order, self.cp_group) for x in (key, value))
         context = self.attend(query, key, value, spans=row.spans, scale=self.scale)
         return context.flatten(1)
 

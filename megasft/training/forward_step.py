@@ -12,7 +12,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megasft.attention.core_attention import packed_row
 from megasft.loss.loss_func import LossOutput, sft_loss
-from megasft.schema import SFTBatch
+from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
 
@@ -61,4 +61,6 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> SFTBatch:
 
 
 def _to_device(batch: SFTBatch, device: torch.device) -> SFTBatch:
-    return SFTBatch(*(field.to(device, non_blocking=True) for field in batch))
+    """Move what the model and the loss read; ``PackedRow`` has the borders where they are read."""
+    moved = {n: getattr(batch, n).to(device, non_blocking=True) for n in PER_TOKEN_FIELDS}
+    return batch._replace(**moved)
