@@ -27,6 +27,7 @@ DEFAULT_FLAGS: Final = (
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--ckpt-format", "torch_dist"),
     *("--dist-ckpt-optim-fully-reshardable", "--tokenizer-type", "NullTokenizer"),
     *("--eval-interval", "1000"),  # Megatron 0.19 divides by it, and has no default
+    *("--eval-iters", "0"),  # an evaluation covers the whole validation store
 )
 """Megatron defaults that do not fit fine-tuning: its dropout is 0.1, and its optimizer checkpoint
 loads only at the layout that saved it."""
@@ -188,6 +189,11 @@ def check(args: Any) -> None:
         raise FlagError(
             f"{', '.join(given)} and megasft's data exclude each other; drop it, rows come from "
             "--megasft-data and --megasft-valid-data"
+        )
+    if args.eval_iters:
+        raise FlagError(
+            f"--eval-iters {args.eval_iters} would have no effect: every evaluation covers the "
+            "whole of --megasft-valid-data; drop it"
         )
     if args.dataloader_type not in (None, "single"):
         raise FlagError(

@@ -24,6 +24,7 @@ def flags(**changes: Any) -> SimpleNamespace:
         "train_data_path": None,
         "valid_data_path": None,
         "full_validation": False,
+        "eval_iters": 0,
         "dataloader_type": "single",
         "transformer_impl": "local",
     }
@@ -44,6 +45,7 @@ def test_good_flags_pass() -> None:
         ({"megasft_align_tokens": 0}, "the least is 1"),
         ({"sft": True}, "--sft and megasft's data exclude each other"),
         ({"data_path": ["x"], "mock_data": True}, "--data-path, --mock-data and"),
+        ({"eval_iters": 10}, "--eval-iters 10 would have no effect"),
         ({"dataloader_type": "cyclic"}, "would shuffle the row plan once more"),
         ({"transformer_impl": "transformer_engine"}, "Transformer Engine is not installed"),
         ({"megasft_attention": "te"}, "needs --transformer-impl transformer_engine"),
