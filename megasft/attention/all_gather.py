@@ -1,53 +1,95 @@
 """Context parallelism by gathering all keys and values of the row before attending.
 
 Each rank keeps its own queries and asks for everybody's keys: two collectives per layer forward,
-two backward, and K and V of the whole row in memory, against the ring's point-to-point messages and
-one share at a time. With grouped-query attention K and V are small, so this is a sound choice up to
-moderate row lengths, and the simplest to trust. The ring is the next backend.
+two backward, and K and V of the whole row kept for backward, against the ring's point-to-point
+messages and one share at a time. With grouped-query attention K and V are small, so this is a sound
+choice up to moderate row lengths, and where messages are dear. The arithmetic is the ring's.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+import torch.distributed as dist
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from megasft.cp_layout import zigzag_positions
-
-
-def row_order(borders: tuple[int, ...], *, cp_size: int) -> torch.Tensor:
-    """Return where each row position lies in the shares laid end to end.
-
-    Args:
-        borders: Aligned document borders of the whole row; starts at 0.
-        cp_size: Ranks that share the row.
-
-    Returns:
-        int64 [T of the whole row]: ``gathered[order]`` is in row order.
-
-    Example:
-        >>> row_order((0, 8), cp_size=2).tolist()      # shares: 0 1 6 7 | 2 3 4 5
-        [0, 1, 4, 5, 6, 7, 2, 3]
-    """
-    cu_seqlens = np.asarray(borders)
-    shares = [zigzag_positions(cu_seqlens, cp_rank=r, cp_size=cp_size) for r in range(cp_size)]
-    return torch.from_numpy(np.argsort(np.concatenate(shares)))
+from megasft.attention.blocks import RowLayout
+from megasft.attention.blockwise import attend_to_shares
 
 
-def gather_row(
-    share: torch.Tensor, order: torch.Tensor, group: torch.distributed.ProcessGroup
+def all_gather_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    row: RowLayout,
+    scale: float,
+    window: int | None,
+    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Gather a tensor over the context-parallel group and put it in row order.
+    """Attend to gathered shares, block by block; see ``AttentionBackend``."""
+    keys, values = (gather_shares(x, row, group) for x in (key, value))
+    return attend_to_shares(query, keys, values, row.steps(window), scale=scale)
+
+
+def gather_shares(
+    share: torch.Tensor, row: RowLayout, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Gather a tensor over the context-parallel group.
 
     The backward pass sums every rank's gradient of each token and returns it to its owner
     (reduce-scatter over the same group).
 
     Args:
-        share: float [T / cp_size, ...]. This rank's tokens.
-        order: From ``row_order``, on the share's device.
-        group: The context-parallel group.
+        share: float [T, ...]. This rank's tokens.
+        row: How many ranks share the row.
+        group: The context-parallel group; not used when there is one rank.
 
     Returns:
-        float [T, ...], whole row.
+        float [cp_size, T, ...], by rank.
     """
-    # gloo corrupts non-contiguous tensors silently (torch 2.13).
-    gathered: torch.Tensor = gather_from_sequence_parallel_region(share.contiguous(), group=group)
-    return gathered[order]
+    if row.cp_size == 1:
+        return share.unsqueeze(0)
+    shares: torch.Tensor = _Gather.apply(share, group)  # type: ignore[no-untyped-call]
+    return shares
+
+
+class _Gather(Function):
+    """All-gather with its gradient.
+
+    Megatron's own asks for the current CUDA device in backward, which inside a recomputation no
+    longer means the CPU (``megasft.cpu``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        shares = share.new_empty(group.size(), *share.shape)
+        # gloo corrupts non-contiguous tensors silently (torch 2.13).
+        dist.all_gather_into_tensor(shares.flatten(0, 1), share.contiguous(), group=group)
+        return shares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_shares: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad_share = torch.empty_like(grad_shares[0])
+        flat = grad_shares.contiguous().flatten(0, 1)
+        dist.reduce_scatter_tensor(grad_share, flat, group=ctx.group)
+        return grad_share, None
+
+
+def gather_row(
+    share: torch.Tensor, row: RowLayout, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Gather a tensor over the context-parallel group and put it in row order.
+
+    Args:
+        share: float [T, ...]. This rank's tokens.
+        row: The cut to undo.
+        group: The context-parallel group; not used when there is one rank.
+
+    Returns:
+        float [T * cp_size, ...], whole row.
+    """
+    shares = gather_shares(share, row, group)
+    return share if row.cp_size == 1 else shares.flatten(0, 1)[row.order]

@@ -7,45 +7,28 @@ host, so that no attention layer has to read them back from a device.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 
-from megasft.attention.all_gather import gather_row, row_order
 from megasft.attention.backend import BACKENDS
-from megasft.cp_layout import Span, attention_spans
+from megasft.attention.blocks import RowLayout
 from megasft.errors import FlagError
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedRow(PackedSeqParams):
     """Megatron's description of packed rows, with the borders on the host.
 
     Attributes:
-        borders: Aligned document borders of the whole flat micro-batch; starts at 0.
-        cp_rank: This rank's place in its context-parallel group.
-        cp_size: Ranks that share a row.
+        layout: The row's borders and cut, and what the layers derive from them.
     """
 
-    borders: tuple[int, ...] = (0,)
-    cp_rank: int = 0
-    cp_size: int = 1
-
-    @cached_property
-    def spans(self) -> list[Span]:
-        """What each run of this rank's queries attends to; the same for all layers."""
-        borders = np.asarray(self.borders)
-        return attention_spans(borders, cp_rank=self.cp_rank, cp_size=self.cp_size)
-
-    @cached_property
-    def order(self) -> torch.Tensor:
-        """Where each row position lies in the gathered shares; on the device, once per row."""
-        return row_order(self.borders, cp_size=self.cp_size).to(self.cu_seqlens_q.device)
+    layout: RowLayout
 
 
 def packed_row(
@@ -70,9 +53,9 @@ def packed_row(
         cu_seqlens_kv_padded=on_device,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        borders=borders,
-        cp_rank=cp_rank,
-        cp_size=cp_size,
+        layout=RowLayout(
+            borders=borders, cp_rank=cp_rank, cp_size=cp_size, device=on_device.device
+        ),
     )
 
 
@@ -89,14 +72,16 @@ class PackedCoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
         *,
-        backend: str = "sdpa",
+        backend: str = "ring",
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        _refuse_what_is_not_computed(config, attention_type)
+        _refuse_what_is_not_computed(config, attention_type, cp_comm_type)
         self.attend = BACKENDS[backend]
         self.cp_group = pg_collection.cp
+        # Multi-latent attention passes its own scale; kv_channels is not its head size.
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = sliding_window(config, layer_number)
 
     def forward(
         self,
@@ -124,21 +109,46 @@ class PackedCoreAttention(MegatronModule):
         """
         if packed_seq_params is None or attention_bias is not None:
             raise FlagError("megasft attention computes packed rows without attention bias only")
-        row = packed_seq_params
-        if row.cp_size > 1:
-            key, value = (gather_row(x, row.order, self.cp_group) for x in (key, value))
-        context = self.attend(query, key, value, spans=row.spans, scale=self.scale)
+        row = packed_seq_params.layout
+        context = self.attend(
+            query,
+            key,
+            value,
+            row=row,
+            scale=self.scale,
+            window=row.window_that_matters(self.window),
+            group=self.cp_group,
+        )
         return context.flatten(1)
 
 
-def _refuse_what_is_not_computed(config: Any, attention_type: str) -> None:
+def sliding_window(config: Any, layer_number: int) -> int | None:
+    """Return how many keys before its own position a query of this layer sees, or None for all.
+
+    Megatron's ``window_size`` is ``(left, right)``, -1 without a limit; under a causal mask the
+    right side has no meaning, in Transformer Engine neither.
+
+    Args:
+        config: Megatron's ``TransformerConfig``.
+        layer_number: Counts from 1, over all pipeline stages.
+    """
+    skip = config.window_attn_skip_freq
+    if not is_layer_window_attention(config.window_size, skip, layer_number):
+        return None
+    left = int(config.window_size[0])
+    return left if left >= 0 else None
+
+
+def _refuse_what_is_not_computed(
+    config: Any, attention_type: str, cp_comm_type: str | None
+) -> None:
     """Raise for model options these backends would silently ignore."""
     refused = {
         "attention_type other than self": attention_type != "self",
         "--attention-dropout above 0": config.attention_dropout > 0,
-        "--window-size (sliding window)": getattr(config, "window_size", None) is not None,
-        "--softmax-type other than vanilla": getattr(config, "softmax_type", "vanilla")
-        != "vanilla",
+        "--softmax-type other than vanilla (sinks)": config.softmax_type != "vanilla",
+        "--qk-clip": config.qk_clip,
+        "--log-max-attention-logit": config.log_max_attention_logit,
         "--apply-query-key-layer-scaling": config.apply_query_key_layer_scaling,
     }
     asked = [what for what, is_asked in refused.items() if is_asked]
@@ -146,4 +156,9 @@ def _refuse_what_is_not_computed(config: Any, attention_type: str) -> None:
         raise FlagError(
             f"megasft attention does not compute {', '.join(asked)}; "
             "drop the flag, or use --megasft-attention te on a GPU"
+        )
+    if cp_comm_type not in (None, "p2p"):
+        raise FlagError(
+            f"--cp-comm-type {cp_comm_type} is read by Transformer Engine only; drop it and choose "
+            "with --megasft-attention ring or all_gather, or use --megasft-attention te on a GPU"
         )

@@ -1,9 +1,10 @@
 """Attention by torch's ``scaled_dot_product_attention``, one span at a time. CPU and GPU.
 
 torch picks the kernel. A document's cost is its own square, never the row's. A span whose queries
-are fewer than its keys (a late slice under context parallelism) takes an explicit mask of that
-slice, because torch's ``is_causal`` aligns at the start, not at the end. Many short documents mean
-many small kernels: on GPUs Transformer Engine is the fast road, this is the one that always works.
+are fewer than its keys (a late slice under context parallelism), or that a window cuts, takes an
+explicit mask of that slice, kept for backward, because torch's ``is_causal`` aligns at the start
+and knows no window. Many short documents mean many small kernels: this is the backend with the
+fewest lines of our own between the model and torch, to compare ``ring`` and ``all_gather`` with.
 """
 
 from collections.abc import Sequence
@@ -21,21 +22,22 @@ def sdpa_attention(
     *,
     spans: Sequence[Span],
     scale: float,
+    window: int | None,
 ) -> torch.Tensor:
-    """Attend span by span; see ``AttentionBackend``."""
+    """Attend span by span; see ``SpanAttention``."""
     contexts = []
     for span in spans:
         # [tokens, heads, size] -> [1, heads, tokens, size]
         q = query[span.q_start : span.q_end].transpose(0, 1).unsqueeze(0)
         k = key[span.k_start : span.k_end].transpose(0, 1).unsqueeze(0)
         v = value[span.k_start : span.k_end].transpose(0, 1).unsqueeze(0)
-        is_square = q.shape[2] == k.shape[2]
+        mask = _mask(q.shape[2], k.shape[2], window, q.device)
         context = scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if is_square else _causal_at_the_end(q.shape[2], k.shape[2], q.device),
-            is_causal=is_square,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -43,7 +45,13 @@ def sdpa_attention(
     return torch.cat(contexts)
 
 
-def _causal_at_the_end(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """Return bool [queries, keys]; the last query sees every key."""
+def _mask(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Return bool [queries, keys], the last query seeing the last key; None for plain causal."""
+    is_cut = window is not None and num_keys > window + 1
+    if num_queries == num_keys and not is_cut:
+        return None
     full = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return full.tril(diagonal=num_keys - num_queries)
+    causal = full.tril(diagonal=num_keys - num_queries)
+    return causal if window is None else causal.triu(diagonal=num_keys - num_queries - window)
