@@ -35,3 +35,7 @@ class ConversionError(MegasftError):
 
 class MissingPackageError(MegasftError, ImportError):
     """A package is missing or too old; the message says what to install."""
+
+
+class AuditError(MegasftError):
+    """What a step computed is not what its rows hold; the run stops on that step."""

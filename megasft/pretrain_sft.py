@@ -9,19 +9,23 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megasft import cpu
 from megasft.errors import MegasftError
 
+if TYPE_CHECKING:
+    from megasft.training.probe import Probe
+
 logger = logging.getLogger("megasft")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     """Train with Megatron's flags and ours.
 
     Args:
         argv: Command-line flags, without the program's name.
+        probe: Looks into the run; see ``megasft.training.probe``.
 
     Raises:
         MegasftError: Flags, data or model do not fit; nothing has been started then.
@@ -35,8 +39,9 @@ def run(argv: Sequence[str]) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megasft.training import arguments, datasets, resume
+    from megasft.training import arguments, datasets, hooks, resume
     from megasft.training.forward_step import forward_step_func
+    from megasft.training.global_batch import GlobalBatches
     from megasft.training.model import model_config
 
     args: Any = arguments.parse(argv)
@@ -49,12 +54,15 @@ def run(argv: Sequence[str]) -> None:
     datasets.check_length(args, data)
     set_global_variables(args)
 
-    config = pretrain_cfg_container_from_args(args, model_config(args))
+    model = model_config(args)
+    batches = GlobalBatches(data.train.plan, seed=args.seed, objective=args.megasft_loss)
+    hooks.install(model.transformer, args, batches, probe)
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(
         config,
         datasets.datasets_provider(args, data),
         ModelType.encoder_or_decoder,
-        forward_step_func(args),
+        forward_step_func(args, batches, probe),
     )
 
 

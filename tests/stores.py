@@ -1,29 +1,11 @@
-"""Small token stores without a tokenizer, for tests of everything behind the data stage."""
-
-from pathlib import Path
+"""Small random samples for tests of everything behind the data stage."""
 
 import numpy as np
 
+from megasft.proof.samples import VOCAB, sample, write_store
 from megasft.schema import Sample
-from megasft.store import StoreWriter, TokenStore, open_store
 
-VOCAB = 256
-
-
-def sample(tokens: list[int], *turns: tuple[int, int]) -> Sample:
-    """A sample with turns given as (start, num_tokens)."""
-    records = [(start, size, 0, i) for i, (start, size) in enumerate(turns)]
-    return Sample(
-        np.array(tokens, dtype=np.int32), np.array(records, dtype=np.int32).reshape(-1, 4)
-    )
-
-
-def write_store(path: Path, samples: list[Sample], *, vocab_size: int = VOCAB) -> TokenStore:
-    with StoreWriter(path, vocab_size=vocab_size, overwrite=True) as writer:
-        for i, one in enumerate(samples):
-            writer.add(one, source=0, line=i + 1)
-        writer.finish({"counts": {}, "special_tokens": {}, "sources": [{"path": "made.jsonl"}]})
-    return open_store(path)
+__all__ = ["VOCAB", "random_samples", "sample", "write_store"]
 
 
 def random_samples(num: int, *, seed: int, longest: int = 60, vocab: int = VOCAB) -> list[Sample]:

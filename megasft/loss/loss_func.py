@@ -38,6 +38,7 @@ def sft_loss(
     objective: str = "turn",
     dft_alpha: float = 0.0,
     part: float | None = None,
+    is_empty_step: bool = False,
 ) -> LossOutput:
     """Weight and sum the losses of one share of a micro-batch.
 
@@ -49,6 +50,8 @@ def sft_loss(
         dft_alpha: Strength of DFT; 0 switches it off.
         part: What fraction of a step this share is (1 / (micro-batches x dp x cp)), for totals;
             ``None`` leaves totals out, as validation does.
+        is_empty_step: The whole global batch has no label. Means are reported as 0 over 1 then,
+            because Megatron divides what is reported without a clamp.
 
     Returns:
         Sums over this share; see ``LossOutput``.
@@ -76,6 +79,8 @@ def sft_loss(
         reported[metrics.P_CORRECT] = torch.stack([p_correct, num_labels])
     if part is not None:
         one = torch.full_like(num_labels, part)
+        if is_empty_step:
+            reported = {name: torch.stack([mean[0], one]) for name, mean in reported.items()}
         for name, total in (
             (metrics.TURNS, batch.ends_turn.sum().float()),
             (metrics.SAMPLES, batch.ends_sample.sum().float()),

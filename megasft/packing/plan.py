@@ -37,6 +37,7 @@ class RowPlan:
         row_tokens: Tokens of a row, padding counted.
         align_tokens: Each document takes a multiple of this many tokens.
         turns: int64 [R]. Supervised turns of each row.
+        labelled_samples: int64 [R]. Samples of each row that have a turn.
         labels: int64 [R]. Label tokens of each row.
         tokens: int64 [R]. True tokens of each row, padding not counted.
         too_long: int64. Samples that fit no row and are left out.
@@ -47,6 +48,7 @@ class RowPlan:
     row_tokens: int
     align_tokens: int
     turns: npt.NDArray[np.int64]
+    labelled_samples: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
     too_long: npt.NDArray[np.int64]
@@ -110,14 +112,17 @@ def plan_rows(
         )
         rows = Rows(kept[packed.samples], packed.borders)
         _write(cached, rows)
-    per_sample = _turns_and_labels(store)
-    turns, labels, tokens = (
-        np.add.reduceat(values[rows.samples], rows.borders[:-1])
-        for values in (*per_sample, lengths)
-    )
-    return RowPlan(
-        rows, row_tokens, align_tokens, turns, labels, tokens, np.flatnonzero(~fits), identity
-    )
+    turns, labels = _turns_and_labels(store)
+    has_turn = (turns > 0).astype(np.int64)
+    of_rows = {
+        name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
+        for name, values in (
+            *(("turns", turns), ("labelled_samples", has_turn)),
+            *(("labels", labels), ("tokens", lengths)),
+        )
+    }
+    too_long = np.flatnonzero(~fits)
+    return RowPlan(rows, row_tokens, align_tokens, **of_rows, too_long=too_long, identity=identity)
 
 
 def _turns_and_labels(store: TokenStore) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -6,6 +6,7 @@ model's flags written by the conversion, the user's own.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from megasft.compat import has
 from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
 from megasft.store import TokenStore
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILE: Final = "megasft_model.json"
 """What the conversion writes beside a checkpoint: the model's Megatron flags."""
@@ -39,7 +42,7 @@ LOCAL_SPEC_FLAGS: Final = (
 )
 """Layers and kernels Megatron has without Transformer Engine and Apex."""
 
-ATTENTION_CHOICES: Final = ("auto", "te", "sdpa", "reference")
+ATTENTION_CHOICES: Final = ("auto", "te", "ring", "all_gather", "sdpa", "reference")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,9 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--megasft-attention",
         choices=ATTENTION_CHOICES,
         default="auto",
-        help="te: Transformer Engine; sdpa: torch, CPU and GPU; reference: dense float32, slow; "
-        "auto is te with --transformer-impl transformer_engine, else sdpa. With context "
-        "parallelism sdpa and reference gather keys and values",
+        help="te: Transformer Engine; ring: keys travel round the context-parallel ranks; "
+        "all_gather: they are gathered, fewer messages and more memory; sdpa: gathered, torch's "
+        "scaled_dot_product_attention; reference: gathered, dense float32, slow. auto is te with "
+        "--transformer-impl transformer_engine, else ring",
     )
     group.add_argument(
         "--megasft-align-tokens",
@@ -90,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="pad every document to a multiple of N, and of what context parallelism needs "
         "(2 x CP). Rows depend on it, so the default gives the same rows on every layout up to "
         "CP 4 and a run can resume on another one (default: 8)",
+    )
+    group.add_argument(
+        "--megasft-no-audit",
+        action="store_true",
+        help="train on when the units Megatron reduced are not those of the global batch's rows; "
+        "without it such a step stops the run",
     )
     group.add_argument(
         "--megasft-plan-cache",
@@ -201,6 +211,26 @@ def check(args: Any) -> None:
             "it, the plan is shuffled by --seed each epoch"
         )
     _check_attention(args)
+    _warn_of_what_depends_on_the_layout(args)
+
+
+def _warn_of_what_depends_on_the_layout(args: Any) -> None:
+    """Name the options of mixture-of-experts models whose definition is one of a layout."""
+    if not args.num_experts:
+        return
+    balancing = args.moe_router_load_balancing_type
+    if "global_aux_loss" in ([balancing] if isinstance(balancing, str) else balancing):
+        logger.warning(
+            "--moe-router-load-balancing-type global_aux_loss counts tokens over the micro-batches "
+            "so far, so its gradient depends on data parallelism and accumulation; aux_loss does "
+            "not at one --micro-batch-size"
+        )
+    if args.moe_expert_capacity_factor is not None:
+        logger.warning(
+            "--moe-expert-capacity-factor %s drops tokens by what else is on their rank, so the "
+            "loss depends on the layout; without it no token is dropped",
+            args.moe_expert_capacity_factor,
+        )
 
 
 def _check_attention(args: Any) -> None:
@@ -212,7 +242,7 @@ def _check_attention(args: Any) -> None:
         )
     if wants_te and not has_te_spec:
         raise FlagError(
-            "--megasft-attention te needs --transformer-impl transformer_engine; on a CPU use sdpa"
+            "--megasft-attention te needs --transformer-impl transformer_engine; on a CPU use ring"
         )
 
 
@@ -224,20 +254,31 @@ def uses_te_spec(args: Any) -> bool:
 def attention_backend(args: Any) -> str | None:
     """Return the name of our backend, or None when Transformer Engine attends."""
     if args.megasft_attention == "auto":
-        return None if uses_te_spec(args) else "sdpa"
+        return None if uses_te_spec(args) else "ring"
     return None if args.megasft_attention == "te" else str(args.megasft_attention)
 
 
 def set_vocabulary(args: Any, store: TokenStore) -> None:
     """Take the vocabulary from the store when no model flag set it, and check that ids fit.
 
+    Megatron would pad it to a multiple of 128 x TP. The padded rows have logits in every softmax,
+    so the loss would depend on TP; the vocabulary is used as it is instead.
+
     Raises:
-        FlagError: The store holds ids the model has no row for.
+        FlagError: The store holds ids the model has no row for, or TP does not divide the rows.
     """
     vocab_size = int(store.meta["vocab_size"])
     if args.vocab_size is None:
         args.vocab_size = vocab_size
-    model_size = args.padded_vocab_size or args.vocab_size
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = args.vocab_size
+    model_size = args.padded_vocab_size
+    if model_size % args.tensor_model_parallel_size:
+        raise FlagError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} does not divide the "
+            f"vocabulary of {model_size:,}, and padded rows would take part in every softmax; "
+            "choose a TP that divides it, or give the model itself more rows"
+        )
     if vocab_size > model_size:
         raise FlagError(
             f"{store.path} was tokenized with {vocab_size:,} ids, the model has {model_size:,}; "

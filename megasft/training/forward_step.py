@@ -1,5 +1,6 @@
 """One micro-batch through the model: what Megatron's schedules call. No arithmetic here."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,17 +12,31 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megasft.attention.core_attention import packed_row
+from megasft.loss.auxiliary import is_padding, mtp_mask
 from megasft.loss.loss_func import LossOutput, sft_loss
 from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
+from megasft.training.global_batch import GlobalBatches
+from megasft.training.hooks import masks_padding
+from megasft.training.probe import Probe
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
 
 
-def forward_step_func(args: Any) -> Callable[[Iterator[Any], Any], tuple[torch.Tensor, LossFunc]]:
-    """Return Megatron's ``forward_step_func`` for this run's loss."""
+def forward_step_func(
+    args: Any, batches: GlobalBatches, probe: Probe | None = None
+) -> Callable[[Iterator[Any], Any], tuple[torch.Tensor, LossFunc]]:
+    """Return Megatron's ``forward_step_func`` for this run's loss.
+
+    Args:
+        args: Megatron's flags.
+        batches: What the row plan knows of each global batch.
+        probe: Sees, and may replace, each training share and its loss.
+    """
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, LossFunc]:
         batch = next_batch(data_iterator)
+        if probe is not None and model.training:
+            batch = probe.share(batch)
         cp_size = mpu.get_context_parallel_world_size()
         device = torch.device("cuda", torch.cuda.current_device())
         row = packed_row(
@@ -30,9 +45,11 @@ def forward_step_func(args: Any) -> Callable[[Iterator[Any], Any], tuple[torch.T
             cp_rank=mpu.get_context_parallel_rank(),
             cp_size=cp_size,
         )
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
         # Interleaved stages see each micro-batch once per chunk; it counts once.
-        if model.training and not get_attr_wrapped_model(model, "vp_stage"):
+        if model.training and not vp_stage:
             update_seqlen_stats_from_cu_seqlens(batch.cu_seqlens_unpadded)
+        masks = _masks_of_side_losses(args, batch, cp_size=cp_size, vp_stage=vp_stage)
         batch = _to_device(batch, device)
         losses = model(
             input_ids=batch.tokens.unsqueeze(0),
@@ -40,18 +57,52 @@ def forward_step_func(args: Any) -> Callable[[Iterator[Any], Any], tuple[torch.T
             attention_mask=None,
             labels=batch.labels.unsqueeze(0),
             packed_seq_params=row,
+            **{name: mask.unsqueeze(0).to(device) for name, mask in masks.items()},
         )
-        parts = get_num_microbatches() * mpu.get_data_parallel_world_size() * cp_size
-        loss_func = partial(
-            sft_loss,
-            batch=batch,
-            objective=args.megasft_loss,
-            dft_alpha=args.megasft_dft_alpha,
-            part=1.0 / parts if model.training else None,
-        )
-        return losses, loss_func
+        return losses, _loss_func(args, batch, model.training, batches, probe)
 
     return forward_step
+
+
+def _loss_func(
+    args: Any, batch: SFTBatch, is_training: bool, batches: GlobalBatches, probe: Probe | None
+) -> LossFunc:
+    """Return the loss of one share, with what only a training step knows."""
+    loss = partial(
+        sft_loss, batch=batch, objective=args.megasft_loss, dft_alpha=args.megasft_dft_alpha
+    )
+    if not is_training:
+        return loss
+    ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    loss = partial(
+        loss,
+        part=1.0 / (get_num_microbatches() * ranks),
+        is_empty_step=batches.now(args).units == 0,
+    )
+    return loss if probe is None else lambda losses: probe.loss(loss(losses), batch)
+
+
+def _masks_of_side_losses(
+    args: Any, batch: SFTBatch, *, cp_size: int, vp_stage: int | None
+) -> dict[str, torch.Tensor]:
+    """Return the masks MoE and MTP layers ask for; none for a dense model."""
+    masks = {}
+    if masks_padding(args):
+        padding = is_padding(batch, cp_size=cp_size)
+        is_first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        if args.sequence_parallel and not is_first:
+            # Megatron 0.19 cuts this mask where the embedding is, and nowhere else.
+            rank, size = mpu.get_tensor_model_parallel_rank(), args.tensor_model_parallel_size
+            padding = padding.chunk(size)[rank]
+        masks["padding_mask"] = padding
+    if args.mtp_num_layers:
+        masks["loss_mask"] = mtp_mask(
+            batch,
+            cp_size=cp_size,
+            num_layers=args.mtp_num_layers,
+            num_slices=math.lcm(args.megasft_align_tokens, 2 * cp_size),
+        )
+    return masks
 
 
 def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> SFTBatch:

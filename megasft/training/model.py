@@ -1,11 +1,9 @@
 """Megatron's GPT model with our attention in its layers, through the official layer-spec hook."""
 
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -16,7 +14,8 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megasft.attention.core_attention import PackedCoreAttention
 from megasft.errors import FlagError
 from megasft.training.arguments import attention_backend
-from megasft.training.norm import torch_norm
+from megasft.training.model_builder import SFTModelConfig
+from megasft.training.norm import replace_norms, torch_norm
 
 
 def model_config(args: Any) -> GPTModelConfig:
@@ -25,7 +24,7 @@ def model_config(args: Any) -> GPTModelConfig:
     Raises:
         FlagError: A layer spec of the user's own is given, which our attention cannot enter.
     """
-    config = gpt_config_from_args(args)
+    config = gpt_config_from_args(args, model_config_cls=SFTModelConfig)
     backend = attention_backend(args)
     if backend is not None:
         if args.spec is not None:
@@ -49,17 +48,13 @@ def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, backend:
     if isinstance(spec, ModuleSpec):
         # One spec for all layers of a dense model; the block also names the norm behind them.
         num_layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
-        spec = TransformerBlockSubmodules([spec] * num_layers, layer_norm=WrappedTorchNorm)
-    _replace_norms(spec)
+        spec = TransformerBlockSubmodules([spec] * num_layers, layer_norm=torch_norm)
+    replace_norms(spec)
     for layer in spec.layer_specs:
-        _replace_norms(layer.submodules)
+        replace_norms(layer.submodules)
         attention = layer.submodules.self_attention.submodules
-        _replace_norms(attention)
-        attention.core_attention = partial(PackedCoreAttention, backend=backend)
+        replace_norms(attention)
+        # A spec, not a partial: multi-latent attention builds its parts with build_module.
+        params = {"backend": backend}
+        attention.core_attention = ModuleSpec(module=PackedCoreAttention, params=params)
     return spec
-
-
-def _replace_norms(submodules: Any) -> None:
-    for field in fields(submodules):
-        if getattr(submodules, field.name) is WrappedTorchNorm:
-            setattr(submodules, field.name, torch_norm)

@@ -6,9 +6,11 @@ with the attribute ``sequence_parallel``, which its wrapper of torch's norms doe
 refuses the flag instead). Chosen over Apex and Transformer Engine, because a CPU has neither.
 """
 
+from dataclasses import fields
 from typing import Any, Final
 
 import torch
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megasft.errors import FlagError
 
@@ -31,3 +33,10 @@ def torch_norm(config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Mod
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+def replace_norms(submodules: Any) -> None:
+    """Put ``torch_norm`` in the place of Megatron's wrapper, in one level of a layer spec."""
+    for field in fields(submodules):
+        if getattr(submodules, field.name) is WrappedTorchNorm:
+            setattr(submodules, field.name, torch_norm)

@@ -1,5 +1,6 @@
 """A store, a tiny Hugging Face model and its Megatron checkpoint, shared by the training tests."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import plan_rows
+from megasft.proof.oracle import Truth, first_step
+from megasft.proof.world import ADAM
 from megasft.schema import Sample
-from tests.oracle import Oracle, global_batch
 from tests.stores import random_samples, write_store
 
 ROW_TOKENS, BATCH, SEED, VOCAB = 96, 8, 11, 256
@@ -43,9 +45,17 @@ class World(SimpleNamespace):
         rows = [plan.rows[order[k]] for k in range(BATCH)]
         return [self.store.sample(int(i)) for row in rows for i in row]
 
-    def oracle(self, objective: str, *, dft_alpha: float = 0.0) -> Oracle:
-        batch = self.first_batch()
-        return global_batch(self.model, batch, objective=objective, dft_alpha=dft_alpha)
+    def oracle(
+        self, objective: str, *, samples: Sequence[Sample] | None = None, dft_alpha: float = 0.0
+    ) -> Truth:
+        """What the first step, or a pass over these samples, must give."""
+        return first_step(
+            self.model,
+            self.first_batch() if samples is None else samples,
+            objective=objective,
+            dft_alpha=dft_alpha,
+            adam=ADAM,
+        )
 
     def flags(self, name: str, *more: object) -> list[str]:
         """Flags of a run that logs to ``folder / name``; later ones win."""

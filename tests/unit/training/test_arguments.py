@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megasft.attention.backend import BACKENDS
 from megasft.errors import FlagError
 from megasft.training import arguments
 
@@ -27,6 +28,9 @@ def flags(**changes: Any) -> SimpleNamespace:
         "eval_iters": 0,
         "dataloader_type": "single",
         "transformer_impl": "local",
+        "num_experts": None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_expert_capacity_factor": None,
     }
     return SimpleNamespace(**(good | changes))
 
@@ -58,6 +62,33 @@ def test_a_flag_that_would_change_the_loss_is_refused(
         arguments.check(flags(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_router_load_balancing_type": ["global_aux_loss"]}, "depends on data parallelism"),
+        ({"moe_router_load_balancing_type": "global_aux_loss"}, "depends on data parallelism"),
+        ({"moe_expert_capacity_factor": 1.5}, "1.5 drops tokens by what else is on their rank"),
+        ({}, None),
+    ],
+)
+def test_what_makes_a_loss_depend_on_the_layout_is_said(
+    changes: dict[str, Any], message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments.check(flags(num_experts=8, **changes))
+
+    assert [message in line for line in caplog.messages if message] == ([True] if message else [])
+
+
+def test_auto_attention_is_the_ring_unless_the_layers_are_transformer_engines() -> None:
+    def chosen(**changes: Any) -> str | None:
+        return arguments.attention_backend(flags(**changes))
+
+    assert chosen() == "ring"
+    assert chosen(transformer_impl="transformer_engine") is None
+    assert chosen(transformer_impl="transformer_engine", megasft_attention="ring") == "ring"
+    assert set(arguments.ATTENTION_CHOICES) == {"auto", "te", *BACKENDS}
+
+
 def test_the_user_has_the_last_word_and_the_model_comes_before(tmp_path: Path) -> None:
     (tmp_path / arguments.MODEL_FILE).write_text(json.dumps({"flags": ["--num-layers", "4"]}))
 
@@ -77,11 +108,18 @@ def test_a_folder_that_no_conversion_wrote_is_refused(tmp_path: Path) -> None:
 def test_ids_the_model_has_no_row_for_are_refused() -> None:
     store: Any = SimpleNamespace(path="store", meta={"vocab_size": 300})
 
-    args = SimpleNamespace(vocab_size=None, padded_vocab_size=None)
+    def flags(vocab_size: int | None, padded: int | None = None, tp: int = 1) -> SimpleNamespace:
+        return SimpleNamespace(
+            vocab_size=vocab_size, padded_vocab_size=padded, tensor_model_parallel_size=tp
+        )
+
+    args = flags(None)
     arguments.set_vocabulary(args, store)
-    assert args.vocab_size == 300
+    assert args.vocab_size == args.padded_vocab_size == 300, "padded rows would have logits, too"
     with pytest.raises(FlagError, match="tokenized with 300 ids, the model has 256"):
-        arguments.set_vocabulary(SimpleNamespace(vocab_size=256, padded_vocab_size=None), store)
+        arguments.set_vocabulary(flags(256), store)
+    with pytest.raises(FlagError, match="-size 8 does not divide the vocabulary of 300"):
+        arguments.set_vocabulary(flags(300, tp=8), store)
 
 
 def test_the_help_shows_our_flags_first_and_all_of_megatrons() -> None:

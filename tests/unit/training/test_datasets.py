@@ -49,7 +49,7 @@ def test_rows_do_not_depend_on_the_layout(tmp_path: Path, cp_size: int) -> None:
     [
         ({"seq_length": 60}, "set it to 64"),
         ({"seq_length": 72, "context_parallel_size": 8}, "TP 1 x CP 8 .* set it to 80"),
-        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, "set it to 72"),
+        ({"tensor_model_parallel_size": 16, "sequence_parallel": True, "seq_length": 72}, "to 80"),
     ],
 )
 def test_a_row_length_that_cannot_be_cut_is_refused_with_the_next_that_can(

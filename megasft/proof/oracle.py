@@ -1,0 +1,220 @@
+"""The loss by its definition: plain Hugging Face in float64, one unpacked sequence per turn.
+
+Shares nothing with what it judges but the store's reader: no rows, no shifting helper, no masks, no
+Megatron. Each supervised turn is run as its own sequence, the conversation up to its last token,
+and the mean is taken over all of them at once. The optimizer step is written out, too.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megasft.schema import Sample
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Truth(NamedTuple):
+    """What a global batch's first step must give.
+
+    Attributes:
+        loss: Mean over the units.
+        units: Turns, samples or labels.
+        gradients: float64, by the names of a saved Hugging Face folder.
+        parameters: After the optimizer step; the same names.
+        grad_norm: Of all gradients together, before clipping.
+    """
+
+    loss: float
+    units: int
+    gradients: Tensors
+    parameters: Tensors
+    grad_norm: float
+
+
+class Adam(NamedTuple):
+    """The optimizer of a proof's runs, in Megatron's words."""
+
+    lr: float
+    clip_grad: float
+    weight_decay: float
+    eps: float
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Megatron's flags."""
+        values = (
+            *(("--lr", self.lr), ("--clip-grad", self.clip_grad)),
+            *(("--weight-decay", self.weight_decay), ("--adam-eps", self.eps)),
+        )
+        return (*(f"{text}" for pair in values for text in pair), "--lr-decay-style", "constant")
+
+
+def turn_losses(model: Any, sample: Sample) -> list[torch.Tensor]:
+    """Return the cross entropy of each label of each turn; one forward pass per turn."""
+    losses = []
+    for start, size in sample.turns[:, :2].tolist():
+        ids = torch.tensor([sample.tokens[: start + size].tolist()])
+        logits = model(input_ids=ids).logits[0].double()
+        log_probs = torch.log_softmax(logits[start - 1 : -1], dim=-1)
+        losses.append(-log_probs[torch.arange(size), ids[0, start:]])
+    return losses
+
+
+def mean_loss(
+    model: Any, samples: Iterable[Sample], *, objective: str, dft_alpha: float = 0.0
+) -> tuple[torch.Tensor, int]:
+    """Average over all turns, samples or labels of a global batch.
+
+    DFT multiplies each cross entropy by ``alpha * p + 1 - alpha``, p being a constant for the
+    gradient.
+
+    Returns:
+        float64 [] with its graph, and the number of units.
+    """
+    assert next(model.parameters()).dtype == torch.float64
+    total, units = torch.zeros((), dtype=torch.float64), 0
+    for sample in (s for s in samples if len(s.turns)):
+        losses = [
+            ce * (dft_alpha * torch.exp(-ce.detach()) + 1 - dft_alpha)
+            for ce in turn_losses(model, sample)
+        ]
+        if objective == "turn":
+            parts, count = [turn.mean() for turn in losses], len(losses)
+        elif objective == "sample":
+            parts, count = [torch.cat(losses).mean()], 1
+        else:
+            parts, count = [torch.cat(losses).sum()], sum(len(turn) for turn in losses)
+        total, units = total + torch.stack(parts).sum(), units + count
+    return total / max(units, 1), units
+
+
+def router_losses(
+    model: Any, micro_batches: list[list[Sample]], *, aux_coeff: float, z_coeff: float
+) -> torch.Tensor:
+    """Average the routers' side losses over a global batch, by true tokens.
+
+    With ``V`` tokens in a micro-batch, ``c_e`` of which choose expert ``e`` (``k`` of ``E`` each),
+    and ``P_e`` the sum of its probabilities, balancing is ``E / (k V^2) Σ_e P_e c_e``; z is the
+    mean of ``logsumexp(logits)^2``. Layers are summed.
+
+    Source: arXiv 2101.03961 (balancing), arXiv 2202.08906 (z).
+
+    Args:
+        model: Hugging Face model in float64 with a router ``mlp.gate`` in each sparse layer.
+        micro_batches: The samples that are routed together.
+        aux_coeff: Weight of the balancing loss.
+        z_coeff: Weight of the z-loss.
+    """
+    top_k = model.config.num_experts_per_tok
+    total, num_tokens = torch.zeros((), dtype=torch.float64), 0
+    for samples in micro_batches:
+        size = sum(len(sample.tokens) for sample in samples)
+        for logits_VE in _router_logits(model, samples):
+            num_experts = logits_VE.shape[1]
+            chosen = logits_VE.topk(top_k, dim=1).indices
+            count_E = torch.bincount(chosen.flatten(), minlength=num_experts)
+            sum_E = logits_VE.softmax(dim=1).sum(dim=0)
+            balance = num_experts / (top_k * size**2) * (sum_E * count_E).sum()
+            z = logits_VE.logsumexp(dim=1).square().mean()
+            total = total + size * (aux_coeff * balance + z_coeff * z)
+        num_tokens += size
+    return total / num_tokens
+
+
+def _router_logits(model: Any, samples: list[Sample]) -> list[torch.Tensor]:
+    """Return float64 [V, E] per sparse layer: what the router says of every token."""
+    seen: dict[Any, list[torch.Tensor]] = {}
+
+    def see(router: Any, inputs: Any, _: Any) -> None:
+        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+        seen.setdefault(router, []).append(torch.nn.functional.linear(hidden, router.weight))
+
+    routers = [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
+    hooks = [router.register_forward_hook(see) for router in routers]
+    for sample in samples:
+        model(input_ids=torch.tensor([sample.tokens.tolist()]))
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(logits) for logits in seen.values()]
+
+
+def first_step(
+    model: Any,
+    samples: Iterable[Sample],
+    *,
+    objective: str,
+    adam: Adam,
+    dft_alpha: float = 0.0,
+    side_loss: Callable[[], torch.Tensor] | None = None,
+) -> Truth:
+    """Compute loss, gradients and the parameters after one step of Adam.
+
+    Args:
+        model: Hugging Face model in float64; left as it was.
+        samples: The global batch.
+        objective: ``turn``, ``sample`` or ``token``.
+        adam: The optimizer's settings.
+        dft_alpha: Strength of DFT.
+        side_loss: Added to the loss for the gradient; what is reported is the loss without it.
+    """
+    model.zero_grad()
+    loss, units = mean_loss(model, samples, objective=objective, dft_alpha=dft_alpha)
+    if units:
+        loss.backward()  # type: ignore[no-untyped-call]
+    if side_loss is not None:
+        side_loss().backward()  # type: ignore[no-untyped-call]
+    gradients = {p: _gradient(p) for p in model.parameters()}
+    norm = float(sum(float((g**2).sum()) for g in gradients.values()) ** 0.5)
+    after = {p: adam_step(p.detach(), g, norm, adam) for p, g in gradients.items()}
+    return Truth(
+        loss=float(loss.detach()),
+        units=units,
+        gradients=saved_names(model, gradients),
+        parameters=saved_names(model, after),
+        grad_norm=norm,
+    )
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+def adam_step(
+    parameter: torch.Tensor, gradient: torch.Tensor, norm: float, adam: Adam
+) -> torch.Tensor:
+    """Return a parameter after the first step of AdamW on a clipped gradient.
+
+    In the first step the bias-corrected moments are ``g`` and ``g ** 2``, so the update is
+    ``g / (|g| + eps)``. Vectors (norms, biases) do not decay.
+
+    Source: arXiv 1711.05101; the clip coefficient ``clip / (norm + 1e-6)`` is Megatron's.
+    """
+    coefficient = min(1.0, adam.clip_grad / (norm + 1e-6))
+    g = gradient * coefficient
+    decay = adam.weight_decay if parameter.dim() > 1 else 0.0
+    return parameter * (1 - adam.lr * decay) - adam.lr * g / (g.abs() + adam.eps)
+
+
+def saved_names(model: Any, values: dict[torch.nn.Parameter, torch.Tensor]) -> Tensors:
+    """Return one value per parameter under the names a saved folder has.
+
+    Some classes name and stack tensors otherwise in memory than on disk (experts); the library's
+    own ``save_pretrained`` translates, so it is asked to save the values as if they were weights.
+    """
+    from safetensors.torch import load_file
+
+    kept = {p: p.data for p in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value.detach().clone()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            saved: Tensors = load_file(Path(folder) / "model.safetensors")
+            return saved
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data

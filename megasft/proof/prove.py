@@ -1,0 +1,224 @@
+"""Runs layouts through the real training entry point and judges each against the truth.
+
+All runs of one world size share a process group (starting processes is what costs on a CPU); when
+one of them takes the processes down, it is reported and the rest is started again.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from megasft.errors import FlagError
+from megasft.proof.defects import DEFECTS
+from megasft.proof.families import FAMILIES
+from megasft.proof.layouts import Layout, select
+from megasft.proof.oracle import saved_names
+from megasft.proof.verdict import Verdict, compare
+from megasft.proof.world import OBJECTIVES, Objective, World, make_world
+
+SILENT_SECONDS: Final = 300
+"""A run that shows nothing for so long hangs; it is stopped and reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to prove.
+
+    Attributes:
+        families: Names of ``FAMILIES``.
+        objectives: Names of ``OBJECTIVES``.
+        layouts: Parts of layout names; none means all.
+        device: ``cpu`` or ``cuda``.
+        defect: A name of ``DEFECTS``, to see the proof fail.
+        folder: For the store, the models and the records.
+    """
+
+    families: tuple[str, ...]
+    objectives: tuple[str, ...]
+    layouts: tuple[str, ...]
+    max_ranks: int
+    device: str
+    defect: str | None
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One layout and objective of a family, and where it is recorded."""
+
+    world: World
+    layout: Layout
+    objective: Objective
+    record: Path
+
+    def entry(self, settings: Settings) -> dict[str, Any]:
+        """Return what the worker reads."""
+        flags = self.world.flags(self.layout, self.objective)
+        if settings.defect:
+            # The audit would stop a wrong count at once; here its effect is to be seen.
+            flags.append("--megasft-no-audit")
+        return {"flags": flags, "record": str(self.record), "defect": settings.defect}
+
+
+def prove(
+    settings: Settings, *, announce: Callable[[int], None], done: Callable[[Verdict], None]
+) -> list[Verdict]:
+    """Run everything and judge it.
+
+    Args:
+        settings: What to prove.
+        announce: Called with the number of runs, before the first.
+        done: Called with each verdict, as soon as there is one.
+
+    Raises:
+        FlagError: No layout fits, or none can show the defect.
+    """
+    planned = _plan(settings)
+    announce(sum(len(FAMILIES[family].objectives(settings.objectives)) for family, _ in planned))
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    worlds = {f: make_world(settings.folder, f) for f in dict.fromkeys(f for f, _ in planned)}
+    runs = [
+        Run(worlds[family], layout, OBJECTIVES[name], settings.folder / f"run{i}_{name}.pt")
+        for i, (family, layout) in enumerate(planned)
+        for name in FAMILIES[family].objectives(settings.objectives)
+    ]
+    judge = _judge(worlds)
+    verdicts = []
+    for ranks in sorted({run.layout.ranks for run in runs}):
+        for run, failure in _launch([r for r in runs if r.layout.ranks == ranks], settings):
+            verdicts.append(judge(run, failure))
+            done(verdicts[-1])
+    return verdicts
+
+
+def _plan(settings: Settings) -> list[tuple[str, Layout]]:
+    """Choose family and layout of each run, and refuse what would prove nothing."""
+    max_ranks = settings.max_ranks
+    if settings.device == "cuda":
+        import torch
+
+        max_ranks = min(max_ranks, torch.cuda.device_count())
+    planned = [
+        (family, layout)
+        for family in settings.families
+        for layout in select(
+            FAMILIES[family].layouts, max_ranks=max_ranks, names=list(settings.layouts)
+        )
+    ]
+    if not planned:
+        raise FlagError(
+            f"no layout of {', '.join(settings.families)} fits {max_ranks} ranks"
+            + (f" and is called {' or '.join(settings.layouts)}" if settings.layouts else "")
+            + "; raise --max-ranks, or leave --layouts out"
+        )
+    if settings.defect:
+        defect = DEFECTS[settings.defect]
+        planned = [(f, layout) for f, layout in planned if defect.shows_on(layout)]
+        if not planned:
+            raise FlagError(
+                f"--break {settings.defect} shows only where a row is cut over ranks, and none of "
+                "the chosen layouts has context parallelism; raise --max-ranks to 2 or more"
+            )
+    return planned
+
+
+def _judge(worlds: dict[str, World]) -> Callable[[Run, str], Verdict]:
+    """Return what compares a run with its truth; truths are computed once each."""
+    truths: dict[tuple[str, str, int], Any] = {}
+    starts = {f: saved_names(w.hf, {p: p for p in w.hf.parameters()}) for f, w in worlds.items()}
+
+    def judge(run: Run, failure: str) -> Verdict:
+        family = run.world.family
+        facts = (family, run.layout.name, run.layout.ranks, run.objective.label)
+        if failure:
+            return Verdict(*facts, failure=failure)
+        key = (family, run.objective.label, run.layout.mbs)
+        if key not in truths:
+            truths[key] = run.world.truth(run.objective, mbs=run.layout.mbs)
+        errors = compare(run.record, truths[key], run.world.model, starts[family])
+        run.record.unlink()
+        return Verdict(*facts, **errors)
+
+    return judge
+
+
+def _launch(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[Run, str]]:
+    """Run all of one world size; yield each with why it failed, if it did."""
+    left = list(runs)
+    while left:
+        for run in left:
+            run.record.unlink(missing_ok=True)
+            _error_file(run).unlink(missing_ok=True)
+        listing = settings.folder / "runs.json"
+        listing.write_bytes(orjson.dumps([run.entry(settings) for run in left]))
+        log = settings.folder / "worker.log"
+        with log.open("w") as output:
+            process = _start(left[0].layout.ranks, listing, settings, output)
+            finished = yield from _follow(process, left)
+        left = left[finished:]
+        if left:
+            error = _error_file(left[0])
+            yield left[0], _last_line(error if error.is_file() else log)
+            left = left[1:]
+
+
+def _start(ranks: int, listing: Path, settings: Settings, output: Any) -> Any:
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    if settings.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    worker = ("-m", "megasft.proof.worker", str(listing))
+    return subprocess.Popen(
+        [*launcher, "--nproc-per-node", str(ranks), *worker],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
+
+
+def _follow(process: Any, runs: Sequence[Run]) -> Generator[tuple[Run, str], None, int]:
+    """Yield runs as their records appear; return how many there were."""
+    finished, last_sign = 0, time.monotonic()
+    try:
+        while True:
+            has_ended = process.poll() is not None
+            while finished < len(runs) and (result := _result(runs[finished])) is not None:
+                yield runs[finished], result
+                finished, last_sign = finished + 1, time.monotonic()
+            if has_ended or finished == len(runs):
+                process.wait()
+                return finished
+            if time.monotonic() - last_sign > SILENT_SECONDS:
+                _error_file(runs[finished]).write_text(f"no sign of life in {SILENT_SECONDS} s")
+                return finished
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def _result(run: Run) -> str | None:
+    """Return "" for a record, the error for a refusal, None for neither."""
+    if run.record.exists():
+        return ""
+    error = _error_file(run)
+    is_refusal = error.exists() and not error.read_text().startswith("Traceback")
+    return error.read_text() if is_refusal else None
+
+
+def _error_file(run: Run) -> Path:
+    return run.record.with_suffix(".error")
+
+
+def _last_line(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "the processes ended without a word"

@@ -1,0 +1,105 @@
+"""Runs the real training entry point once per layout in one process group, and records what it did.
+
+Starting processes is what costs on a CPU, so one start serves every layout of a world size. Two
+steps are run: the first gives the loss and all gradients, and when the second one's gradients are
+ready the parameters are still those the first step's update has left.
+
+Usage: torchrun --nproc-per-node N -m megasft.proof.worker RUNS.json
+"""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from megasft.errors import MegasftError
+from megasft.loss.loss_func import LossOutput
+from megasft.pretrain_sft import run
+from megasft.proof.defects import DEFECTS, Defect
+from megasft.schema import SFTBatch
+
+STEPS = 2
+
+
+class Recorder:
+    """Writes loss and gradients of the first step and the parameters after it; see ``Probe``.
+
+    Args:
+        path: File that rank 0 writes.
+        defect: What to break, if anything.
+    """
+
+    def __init__(self, path: Path, defect: Defect | None = None) -> None:
+        self.path, self.defect = path, defect
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.step = 0
+        self.record: dict[str, Any] = {}
+
+    def share(self, batch: SFTBatch) -> SFTBatch:
+        """Break the share, when the defect is one of data."""
+        return self.defect.share(batch) if self.defect else batch
+
+    def loss(self, output: LossOutput, batch: SFTBatch) -> LossOutput:
+        """Break the loss, when the defect is one of counting; and sum it up."""
+        if self.defect:
+            output = self.defect.loss(output, batch)
+        self.loss_sum += output.loss_sum.detach().double().cpu()
+        return output
+
+    def gradients(self, model: list[Any], units: int) -> None:
+        """Record a step."""
+        from megatron.core import mpu
+
+        from megasft.proof.capture import gather_gradient_shards, whole_tensors
+
+        self.step += 1
+        loss = self.loss_sum.clone()
+        self.loss_sum.zero_()
+        if mpu.get_tensor_model_parallel_rank() != 0:
+            loss.zero_()  # tensor-parallel ranks have the same loss; it counts once
+        loss = loss.to(torch.device("cuda", torch.cuda.current_device()))
+        torch.distributed.all_reduce(loss)
+        if self.step == 1:
+            gather_gradient_shards(model)
+            gradients = whole_tensors(model, lambda p: p.main_grad)  # type: ignore[attr-defined]
+            self.record = {"loss": float(loss) / max(units, 1), "units": units}
+            self.record["gradients"] = gradients
+        else:
+            self.record["parameters"] = whole_tensors(model, lambda p: p)
+            self.record["second_loss"] = float(loss) / max(units, 1)
+            if torch.distributed.get_rank() == 0:
+                unfinished = self.path.with_suffix(".tmp")
+                torch.save(self.record, unfinished)
+                unfinished.replace(self.path)
+
+
+def main() -> None:
+    """Run every entry of the list; what one of them raises is recorded and the next one runs."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for entry in orjson.loads(Path(sys.argv[1]).read_bytes()):
+        path, defect = Path(entry["record"]), DEFECTS.get(entry.get("defect"))
+        try:
+            run(entry["flags"], probe=Recorder(path, defect))
+        except MegasftError as error:
+            path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+        except Exception:
+            path.with_suffix(".error").write_text(traceback.format_exc())
+            raise
+        _forget()
+    torch.distributed.destroy_process_group()
+
+
+def _forget() -> None:
+    """Forget Megatron's global state, for the next run in this process group."""
+    from megatron.training.training import destroy_global_state
+
+    torch.distributed.barrier()
+    destroy_global_state()
+
+
+if __name__ == "__main__":
+    main()

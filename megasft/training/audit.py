@@ -1,0 +1,45 @@
+"""Compares the units Megatron divided by with the units the row plan knows, at every step.
+
+A loss that is wrong by a count looks like any other loss: labels lost at a seam, a rank counted
+twice, rows read in another order. The plan knows the units of each global batch before it is
+trained, and Megatron leaves the number it reduced over all ranks in the tensor it was given
+(``finalize_model_grads``), so comparing them costs no collective: one integer read from the device,
+just before the gradient norm is read from it anyway.
+"""
+
+from collections.abc import Sequence
+
+from megasft.errors import AuditError
+from megasft.loss.objectives import OBJECTIVES
+from megasft.training.global_batch import GlobalBatch
+
+ROWS_NAMED = 16
+"""Rows a message names at most."""
+
+
+def audit(*, step: int, reduced: int, batch: GlobalBatch, objective: str) -> None:
+    """Stop the run when the units of a step are not those of its rows.
+
+    Args:
+        step: Number of the step, counted from 1 as Megatron's log does.
+        reduced: What Megatron summed over micro-batches, data- and context-parallel ranks.
+        batch: What the plan knows of the step.
+        objective: A name of ``OBJECTIVES``.
+
+    Raises:
+        AuditError: The two numbers differ.
+    """
+    if reduced == batch.units:
+        return
+    raise AuditError(
+        f"step {step}: Megatron reduced {reduced:,} {OBJECTIVES[objective].unit} over all ranks, "
+        f"and the rows of this global batch hold {batch.units:,} (rows {_some(batch.rows)} of the "
+        "plan); the loss and its gradient would be divided by a wrong number. A data loader, loss "
+        "or batch of your own is the likely cause; --megasft-no-audit trains on regardless"
+    )
+
+
+def _some(rows: Sequence[int]) -> str:
+    named = ", ".join(map(str, rows[:ROWS_NAMED]))
+    more = len(rows) - ROWS_NAMED
+    return f"{named} and {more} more" if more > 0 else named

@@ -1,0 +1,74 @@
+"""What the row plan knows of the global batch in training, before a single token is read.
+
+Which rows a step trains follows from Megatron's consumed samples alone, and the plan counts what
+each row holds. So every rank knows the units, labels and tokens of the whole global batch without
+communication: the audit compares them with what Megatron reduced, and the side losses are scaled
+by them.
+"""
+
+from typing import Any, NamedTuple
+
+from megasft.packing.order import RowOrder
+from megasft.packing.plan import RowPlan
+
+
+class GlobalBatch(NamedTuple):
+    """Contents of one global batch, over all ranks and micro-batches.
+
+    Attributes:
+        rows: Rows of the plan, in the order of the run.
+        units: What the loss is divided by.
+        labels: Label tokens.
+        tokens: True tokens, padding not counted.
+        positions: Tokens with padding.
+    """
+
+    rows: tuple[int, ...]
+    units: int
+    labels: int
+    tokens: int
+    positions: int
+
+
+class GlobalBatches:
+    """The global batch at a position of the run; remembers the last one asked for.
+
+    Args:
+        plan: The rows of the training store.
+        seed: Seed of the run's order, as the dataset has it.
+        objective: A name of ``OBJECTIVES``.
+    """
+
+    def __init__(self, plan: RowPlan, *, seed: int, objective: str) -> None:
+        self.plan = plan
+        self.order = RowOrder(num_rows=len(plan), seed=seed)
+        per_row = {"turn": plan.turns, "sample": plan.labelled_samples, "token": plan.labels}
+        self.units_of_row = per_row[objective]
+        self._last: tuple[tuple[int, int], GlobalBatch] | None = None
+
+    def at(self, position: int, *, num_rows: int) -> GlobalBatch:
+        """Return what the rows from ``position`` on hold together.
+
+        Args:
+            position: Rows consumed before this step.
+            num_rows: Rows of the step.
+        """
+        key = (position, num_rows)
+        if self._last is None or self._last[0] != key:
+            rows = [self.order[k] for k in range(position, position + num_rows)]
+            totals = (self.units_of_row, self.plan.labels, self.plan.tokens)
+            units, labels, tokens = (int(values[rows].sum()) for values in totals)
+            positions = num_rows * self.plan.row_tokens
+            self._last = (key, GlobalBatch(tuple(rows), units, labels, tokens, positions))
+        return self._last[1]
+
+    def now(self, args: Any) -> GlobalBatch:
+        """Return the global batch Megatron is training.
+
+        Args:
+            args: Megatron's flags; it counts the consumed rows there, after each step.
+        """
+        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+
+        size = get_current_running_global_batch_size()
+        return self.at(int(args.consumed_train_samples), num_rows=int(size))

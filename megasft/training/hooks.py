@@ -1,0 +1,72 @@
+"""Fills the hooks Megatron offers on its config: gradient finalization and side-loss scales."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megasft.loss.auxiliary import side_loss_scale
+from megasft.training.audit import audit
+from megasft.training.global_batch import GlobalBatches
+from megasft.training.probe import Probe
+
+
+def install(config: Any, args: Any, batches: GlobalBatches, probe: Probe | None = None) -> None:
+    """Set the hooks of a run.
+
+    Args:
+        config: Megatron's ``TransformerConfig``.
+        args: Megatron's flags.
+        batches: What the row plan knows of each global batch.
+        probe: Sees the final gradients of each step.
+    """
+    config.finalize_model_grads_func = _finalize(args, batches, probe)
+    routed = "tokens" if masks_padding(args) else "positions"
+    config.moe_grad_scale_func = _scale(config, args, batches, counted=routed)
+    config.mtp_grad_scale_func = _scale(config, args, batches, counted="labels")
+
+
+def masks_padding(args: Any) -> bool:
+    """Say whether routers are told which positions are padding.
+
+    Megatron 0.19.2 cannot combine that mask with an expert bias (its shapes do not fit), so there
+    padding is balanced like anything else.
+    """
+    return bool(args.num_experts) and not args.moe_router_enable_expert_bias
+
+
+def _finalize(args: Any, batches: GlobalBatches, probe: Probe | None) -> Callable[..., None]:
+    """Return Megatron's own finalization, followed by the audit and the probe."""
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+    def finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **groups: Any) -> None:
+        finalize_model_grads(model, num_tokens, **groups)
+        assert num_tokens is not None, "--calculate-per-token-loss is checked before the start"
+        if not args.megasft_no_audit:
+            audit(
+                step=args.curr_iteration + 1,
+                reduced=int(num_tokens.item()),
+                batch=batches.now(args),
+                objective=args.megasft_loss,
+            )
+        if probe is not None:
+            probe.gradients(model, int(num_tokens.item()))
+
+    return finalize
+
+
+def _scale(
+    config: Any, args: Any, batches: GlobalBatches, *, counted: str
+) -> Callable[[], torch.Tensor]:
+    """Return a hook Megatron calls for the factor of a side loss, in each micro-batch."""
+
+    def scale() -> torch.Tensor:
+        batch = batches.now(args)
+        factor = side_loss_scale(units=batch.units, counted=getattr(batch, counted))
+        device = torch.device("cuda", torch.cuda.current_device())
+        one = torch.ones(1, device=device)
+        # fp16 training scales every loss; the hook replaces Megatron's own use of it.
+        loss_scale = one if config.grad_scale_func is None else config.grad_scale_func(one)
+        return loss_scale * factor
+
+    return scale

@@ -1,0 +1,57 @@
+"""What a run logs: training and validation losses equal their definition.
+
+Layouts are the business of ``tests/invariance``, which compares every gradient.
+"""
+
+import pytest
+
+from tests.megatron.conftest import World
+from tests.megatron.runs import scalars, train
+from tests.stores import sample, write_store
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_objective_and_the_validation_loss_equal_their_definition(world: World) -> None:
+    """Validation takes the same road: sum over sum over a whole store of any size."""
+    cases = [("turn", 0.0), ("sample", 0.0), ("token", 0.0), ("turn", 0.8)]
+    # A learning rate of 0 leaves the weights alone, so validation after the step is comparable.
+    still = ("--micro-batch-size", 2, "--lr", 0, "--context-parallel-size", 2)
+    runs = [
+        world.flags(f"{o}-{a}", "--megasft-loss", o, "--megasft-dft-alpha", a, *still)
+        for o, a in cases
+    ]
+    train(2, runs, world.folder / "objectives")
+
+    losses = set()
+    for objective, alpha in cases:
+        name = f"{objective}-{alpha}"
+        logged = scalars(world.folder / name)
+        expected = world.oracle(objective, dft_alpha=alpha)
+        assert logged["lm loss"][1] == pytest.approx(expected.loss, rel=1e-5), name
+        assert logged["grad-norm"][1] == pytest.approx(expected.grad_norm, rel=1e-4), name
+        losses.add(round(expected.loss, 3))
+        whole = world.whole_store()
+        valid = world.oracle(objective, samples=whole, dft_alpha=alpha)
+        assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), name
+    assert len(losses) == len(cases), "the losses must differ for this test to say anything"
+
+
+def test_a_validation_set_smaller_than_a_batch_is_evaluated_whole(world: World) -> None:
+    """What a batch lacks is filled with rows that weigh nothing; sum over sum, on every rank."""
+    ids = [(7 * i) % 251 for i in range(60)]
+    many_turns = sample(ids, *((i, 1) for i in range(1, 60, 2)))
+    small = write_store(world.folder / "small", [many_turns])
+    layouts = {"DP 2": (), "CP 2": ("--context-parallel-size", 2)}
+    flags = ("--megasft-valid-data", small.path, "--lr", 0)
+    train(
+        2,
+        [world.flags(f"small {n}", *flags, *more) for n, more in layouts.items()],
+        world.folder / "smallest",
+    )
+
+    valid = world.oracle("turn", samples=[many_turns])
+    assert valid.units == 30
+    for name in layouts:
+        logged = scalars(world.folder / f"small {name}")
+        assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), name
