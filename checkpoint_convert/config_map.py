@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 import torch
 
-from checkpoint_convert.families import FAMILIES, Family
+from checkpoint_convert.families import ENDS, FAMILIES, OUTPUT, Family, not_expressible
 from checkpoint_convert.rules import Heads, Rule
 from megasft.errors import ConversionError
 
@@ -72,6 +72,8 @@ class Model:
         hf_config: The content of ``config.json``, untouched.
         flags: Megatron's flags, as they stand on a command line.
         dtype: What the configuration says the weights are saved in; None when it does not.
+        num_experts: Routed experts of a layer that has any; 0 for a dense model.
+        is_sparse: Which layers have experts; empty for a dense model.
     """
 
     family_name: str
@@ -83,11 +85,24 @@ class Model:
     dtype: torch.dtype | None
     flags: tuple[str, ...]
     hf_config: dict[str, Any]
+    num_experts: int = 0
+    is_sparse: tuple[bool, ...] = ()
+
+    @property
+    def has_layer_axis(self) -> bool:
+        """Whether layers are alike, so that Megatron keeps one tensor for all layers."""
+        return len(set(self.is_sparse)) < 2
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """Every tensor of this model."""
-        return FAMILIES[self.family_name].rules(is_tied=self.is_tied)
+        """Every tensor of this model; with tied embeddings there is no output layer."""
+        family = FAMILIES[self.family_name]
+        layers = family.layer_rules(num_experts=self.num_experts)
+        if not self.has_layer_axis:
+            dense = family.layer_rules(num_experts=0)
+            kinds = [layers if is_sparse else dense for is_sparse in self.is_sparse]
+            layers = tuple(rule.at(i) for i, kind in enumerate(kinds) for rule in kind)
+        return (*ENDS, *layers, *(() if self.is_tied else (OUTPUT,)))
 
 
 def read_model(folder: Path) -> Model:
@@ -105,7 +120,9 @@ def read_model(folder: Path) -> Model:
     from transformers import AutoConfig
 
     effective: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    _require_known(written, path)
+    if "num_local_experts" in effective:  # what release 5 calls num_experts in some classes
+        effective.setdefault("num_experts", effective["num_local_experts"])
+    _require_known(written, family, path)
     return _map(written, effective, family, path)
 
 
@@ -124,8 +141,9 @@ def _family(config: Mapping[str, Any], path: Path) -> Family:
     return family
 
 
-def _require_known(written: Mapping[str, Any], path: Path) -> None:
+def _require_known(written: Mapping[str, Any], family: Family, path: Path) -> None:
     known = VALUE_FLAGS.keys() | FIXED.keys() | READ_ELSEWHERE | WITHOUT_EFFECT
+    known |= family.values.keys() | family.fixed.keys() | family.read
     unknown = [f"{name} = {value!r}" for name, value in written.items() if name not in known]
     if unknown:
         raise ConversionError(
@@ -138,10 +156,10 @@ def _require_known(written: Mapping[str, Any], path: Path) -> None:
 def _map(
     written: dict[str, Any], effective: Mapping[str, Any], family: Family, path: Path
 ) -> Model:
-    for name, allowed in FIXED.items():
+    for name, allowed in (FIXED | dict(family.fixed)).items():
         value = effective.get(name, allowed[0])
         if value not in allowed:
-            raise _not_expressible(path, name, value, f"only {allowed[0]!r} converts")
+            raise not_expressible(path, name, value, f"only {allowed[0]!r} converts")
     _require_full_attention(effective, path)
     heads = Heads(
         num_heads=int(effective["num_attention_heads"]),
@@ -152,14 +170,23 @@ def _map(
         ),
     )
     is_tied = bool(effective["tie_word_embeddings"])
+    more_flags = family.more_flags(effective, path)
     flags: list[str] = []
-    for name, flag in VALUE_FLAGS.items():
+    for name, flag in (VALUE_FLAGS | dict(family.values)).items():
+        if effective[name] is None:
+            raise not_expressible(path, name, None, "the family needs a number")
         flags += [flag, _literal(effective[name])]
     flags += ["--kv-channels", str(heads.head_dim)]
     if heads.num_groups != heads.num_heads:
         flags += ["--group-query-attention", "--num-query-groups", str(heads.num_groups)]
     flags += ["--rotary-base", str(_rotary_base(effective, path))]
-    flags += family.flags if is_tied else [*family.flags, "--untie-embeddings-and-output-weights"]
+    is_sparse = _sparse_layers(effective, family, path)
+    if len(set(is_sparse)) == 2:
+        pattern = ",".join(str(int(layer)) for layer in is_sparse)
+        flags += ["--moe-layer-freq", f"[{pattern}]"]
+    flags += [*family.flags, *more_flags]
+    if not is_tied:
+        flags.append("--untie-embeddings-and-output-weights")
     return Model(
         family_name=str(written["model_type"]),
         num_layers=int(effective["num_hidden_layers"]),
@@ -170,7 +197,22 @@ def _map(
         dtype=_dtype(written, path),
         flags=tuple(flags),
         hf_config=written,
+        num_experts=int(effective[family.experts.count]) if family.experts else 0,
+        is_sparse=is_sparse,
     )
+
+
+def _sparse_layers(effective: Mapping[str, Any], family: Family, path: Path) -> tuple[bool, ...]:
+    """Return which layers have experts; nothing for a dense model."""
+    if family.experts is None:
+        return ()
+    layers = range(effective["num_hidden_layers"])
+    is_sparse = tuple(family.experts.is_sparse(effective, layer) for layer in layers)
+    if not any(is_sparse) or not effective[family.experts.count]:
+        raise not_expressible(
+            path, family.experts.count, effective[family.experts.count], "no layer has experts"
+        )
+    return is_sparse
 
 
 def _literal(value: Any) -> str:
@@ -181,9 +223,9 @@ def _literal(value: Any) -> str:
 def _require_full_attention(config: Mapping[str, Any], path: Path) -> None:
     kinds = set(config.get("layer_types") or ()) - {"full_attention"}
     if kinds:
-        raise _not_expressible(path, "layer_types", sorted(kinds), "only full_attention converts")
+        raise not_expressible(path, "layer_types", sorted(kinds), "only full_attention converts")
     if config.get("sliding_window") is not None and "use_sliding_window" not in config:
-        raise _not_expressible(
+        raise not_expressible(
             path, "sliding_window", config["sliding_window"], "attention must see the whole context"
         )
 
@@ -195,11 +237,11 @@ def _rotary_base(config: Mapping[str, Any], path: Path) -> int:
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     if kind != "default" or any(value not in (None, 1, 1.0) for value in rope.values()):
-        raise _not_expressible(
+        raise not_expressible(
             path, "rope scaling", {"rope_type": kind, **rope}, "only plain rope converts"
         )
     if theta is None or not float(theta).is_integer():
-        raise _not_expressible(
+        raise not_expressible(
             path, "rope_theta", theta, "Megatron's --rotary-base is a whole number"
         )
     return int(theta)
@@ -224,10 +266,3 @@ def parse_dtype(name: str, *, source: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConversionError(f"{source}: dtype {name!r} is none; use bfloat16, float16 or float32")
     return dtype
-
-
-def _not_expressible(path: Path, name: str, value: Any, why: str) -> ConversionError:
-    return ConversionError(
-        f"{path}: {name} is {value!r}, and {why} in this release; converting would change what the "
-        "model computes"
-    )

@@ -1,9 +1,10 @@
 """A Megatron ``torch_dist`` checkpoint: write one from whole tensors, read the model's out of one.
 
-Tensors are written as global tensors, one chunk per layer, in the layout that
-``GPTModel.sharded_state_dict()`` asks for when layers are alike: the layer is the first axis.
-Nothing in it depends on a parallel layout, so any run loads it at its own. A run pads the
-vocabulary of what it loads with rows of zeros; see ``config_map`` for why ours does not.
+Tensors are written as global tensors, in the layout that ``GPTModel.sharded_state_dict()`` asks
+for: when layers are alike the layer is the first axis, one chunk each; when some are dense and
+others have experts, every layer has keys of its own. Nothing in it depends on a parallel layout, so
+any run loads it at its own. A run pads the vocabulary of what it loads with rows of zeros; see
+``config_map`` for why ours does not.
 
 Writing goes through torch's checkpoint writer with Megatron's planner and tensor classes, not
 through ``dist_checkpointing.save``. That starts a helper process that imports ``__main__`` again,
@@ -15,7 +16,8 @@ converted checkpoint into Megatron's model, through ``dist_checkpointing.load``,
 import io
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpoint_convert.config_map import Model
-from checkpoint_convert.families import STATELESS_MODULES
+from checkpoint_convert.families import FAMILIES, ROUTED_MODULES
 from checkpoint_convert.tensor_map import PlacedTensor
 from megasft.compat import require_megatron
 from megasft.errors import ConversionError
@@ -38,7 +40,8 @@ and without random state, whether given as ``--pretrained-checkpoint`` or as ``-
 
 CONTENT_METADATA: Final = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """What Megatron 0.19.2 saves for a model. The loading run builds its own keys from it, and these
-values mean a layer axis instead of a key per layer: the form that loads at any pipeline size."""
+values mean a layer axis instead of a key per layer, where layers are alike: the form that loads at
+any pipeline size."""
 
 
 def write(folder: Path, tensors: Sequence[PlacedTensor], model: Model) -> None:
@@ -114,12 +117,30 @@ def _objects(model: Model) -> dict[str, io.BytesIO]:
         "content_metadata": CONTENT_METADATA,
     }
     objects: dict[str, Any] = {"common_state/shard_0_1": common}
-    objects["decoder.final_layernorm._extra_state/shard_0_1"] = None
-    for module in STATELESS_MODULES:
-        for layer in range(model.num_layers):
-            key = f"decoder.layers.{module}._extra_state/shard_{layer}_{model.num_layers}"
-            objects[key] = None
+    objects |= dict.fromkeys(_extra_state_keys(model))
     return {key: _packed(value) for key, value in objects.items()}
+
+
+def _extra_state_keys(model: Model) -> Iterator[str]:
+    """Yield the names of the modules' extra states: ``.../shard_<place>_<size>`` by axis."""
+    family = FAMILIES[model.family_name]
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+    for layer in range(model.num_layers):
+        num_experts = model.num_experts if not model.is_sparse or model.is_sparse[layer] else 0
+        if model.has_layer_axis:
+            prefix, place, size = "decoder.layers", [layer], [model.num_layers]
+        else:
+            prefix, place, size = f"decoder.layers.{layer}", [], []
+        for module in family.layer_modules(num_experts=num_experts):
+            shard = _shard(place or [0], size or [1])
+            yield f"{prefix}.{module}._extra_state/{shard}"
+        for module, expert in product(ROUTED_MODULES, range(num_experts)):
+            shard = _shard([*place, expert], [*size, num_experts])
+            yield f"{prefix}.{module}._extra_state/{shard}"
+
+
+def _shard(place: list[int], size: list[int]) -> str:
+    return f"shard_{'.'.join(map(str, place))}_{'.'.join(map(str, size))}"
 
 
 def _packed(value: Any) -> io.BytesIO:

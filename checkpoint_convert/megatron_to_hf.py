@@ -55,13 +55,27 @@ def convert(
     tensors = tensor_map.to_hf(stored, model, verify=verify)
     target_dtype = dtype or model.dtype
     if target_dtype is not None:
-        tensors = {name: tensor.to(target_dtype) for name, tensor in tensors.items()}
+        tensors = _rounded(tensors, model, target_dtype)
     with whole_folder(output) as folder:
         hf_folder.write_tensors(tensors, folder)
         hf_folder.copy_side_files(side, folder)
         if dtype is not None:
             hf_folder.set_dtype(folder, dtype)
     return _report(stored, tensors, model, source=source, output=output, is_verified=verify)
+
+
+def _rounded(
+    tensors: Mapping[str, torch.Tensor], model: Model, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Give parameters a dtype; what steers routing is float32 in a bfloat16 model, too."""
+    kept = {
+        name
+        for rule in model.rules
+        if rule.is_buffer
+        for layer in range(model.num_layers)
+        for name in rule.hf_names(layer)
+    }
+    return {name: t if name in kept else t.to(dtype) for name, t in tensors.items()}
 
 
 def _report(

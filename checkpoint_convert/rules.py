@@ -9,7 +9,7 @@ business.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import torch
@@ -37,22 +37,33 @@ class Rule:
     """One Megatron tensor and the Hugging Face tensors it is made of.
 
     Attributes:
-        megatron: Key in the checkpoint; a tensor per layer has the layer as its first axis.
+        megatron: Key in the checkpoint; a tensor that every layer has has the layer as its first
+            axis.
         hf: Names in the Hugging Face folder, in the order ``join`` takes them; ``{layer}`` stands
             for the layer's index.
         join: How the tensors become one.
         has_vocabulary_rows: The first axis is the vocabulary, which a run may have padded.
+        is_buffer: Not trained by gradients, and kept in the dtype it is stored in.
     """
 
     megatron: str
     hf: tuple[str, ...]
     join: Join
     has_vocabulary_rows: bool = False
+    is_buffer: bool = False
 
     @property
     def is_per_layer(self) -> bool:
         """Whether every layer has its own tensor."""
         return "{layer}" in self.hf[0]
+
+    def at(self, layer: int) -> "Rule":
+        """Return the rule of one layer alone, for a checkpoint without a layer axis."""
+        return replace(
+            self,
+            megatron=self.megatron.replace("decoder.layers.", f"decoder.layers.{layer}.", 1),
+            hf=self.hf_names(layer),
+        )
 
     def hf_names(self, layer: int) -> tuple[str, ...]:
         """Return the Hugging Face names in one layer; any layer will do where there is none."""
@@ -95,6 +106,24 @@ GATED: Final = Join(
 """Gate, then up projection."""
 
 
+def for_each_expert(join: Join, num_parts: int) -> Join:
+    """Return the join of all experts: the expert is the first axis.
+
+    Args:
+        join: How the tensors of one expert become one.
+        num_parts: How many these are.
+    """
+
+    def merge(parts: Sequence[torch.Tensor], heads: Heads) -> torch.Tensor:
+        groups = (parts[i : i + num_parts] for i in range(0, len(parts), num_parts))
+        return torch.stack([join.merge(group, heads) for group in groups])
+
+    def split(whole: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+        return tuple(part for one in whole for part in join.split(one, heads))
+
+    return Join(merge, split)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Say whether two tensors hold the same bytes; unlike ``==`` this is true for nan, too."""
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -133,6 +162,11 @@ def split(
         ConversionError: The shape does not fit, or ``verify`` finds the way back not the same.
     """
     parts = tuple(part.contiguous() for part in rule.join.split(whole, heads))
+    if len(parts) != len(rule.hf):
+        raise ConversionError(
+            f"{rule.megatron} of shape {tuple(whole.shape)} holds {len(parts)} tensors, and the "
+            f"configuration says {len(rule.hf)}; give the configuration of this checkpoint (--like)"
+        )
     if verify:
         _require_same(rule, (rule.join.merge(parts, heads),), (whole,))
     return parts

@@ -7,6 +7,7 @@ import torch
 
 from checkpoint_convert.config_map import Model
 from checkpoint_convert.families import DERIVED_TENSORS
+from checkpoint_convert.fused_experts import taken_apart
 from checkpoint_convert.rules import Rule, merged, same_bits, split
 from megasft.errors import ConversionError
 
@@ -38,6 +39,7 @@ def to_megatron(
     Raises:
         ConversionError: Tensors are missing, left over, or of the wrong size.
     """
+    tensors = taken_apart(tensors)
     wanted = [
         name for rule in model.rules for i in _layers(rule, model) for name in rule.hf_names(i)
     ]

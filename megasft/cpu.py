@@ -57,6 +57,7 @@ def prepare() -> bool:
     _stand_in_for_cuda()
     _leave_out_compilers()
     _accept_tensor_splits()
+    _accept_uneven_parts()
     _prepared = True
     if os.environ.get("RANK", "0") == "0":
         logger.warning(
@@ -97,7 +98,38 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs["device"] = "cpu" if is_index else _on_cpu(device)
         if func is torch.Tensor.to:
             args = (args[0], *(_on_cpu(a) for a in args[1:]))
+        if func is torch.autograd.backward:
+            # A mode is off while it handles a call, but this call runs more of Megatron's code:
+            # activation recomputation inside a backward pass.
+            with self:
+                return _backward(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Do what ``torch.autograd.backward`` does once no mode wants to handle it."""
+    roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    given = (grad_tensors,) if isinstance(grad_tensors, torch.Tensor) else grad_tensors
+    gradients = (None,) * len(roots) if given is None else tuple(given)
+    ones = (
+        torch.ones_like(root) if gradient is None and root.requires_grad else gradient
+        for root, gradient in zip(roots, gradients, strict=True)
+    )
+    torch.autograd.Variable._execution_engine.run_backward(
+        roots,
+        tuple(ones),
+        create_graph if retain_graph is None else retain_graph,
+        create_graph,
+        tuple(inputs or ()),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 def _redirect_devices() -> None:
@@ -229,6 +261,39 @@ def _accept_tensor_splits() -> None:
         return original(output, input, out_splits, in_splits, *args, **kwargs)
 
     torch.distributed.all_to_all_single = with_lists
+
+
+def _accept_uneven_parts() -> None:
+    """Let ``all_gather`` and ``reduce_scatter`` take parts of different length, as NCCL does.
+
+    Experts under tensor parallelism exchange as many rows as each rank happens to have.
+    """
+    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    def gather(parts: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        longest = max(len(part) for part in parts)
+        if all(len(part) == longest for part in parts):
+            return all_gather(parts, tensor, *args, **kwargs)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        filled = [torch.empty_like(padded) for _ in parts]
+        all_gather(filled, padded, *args, **kwargs)
+        for part, full in zip(parts, filled, strict=True):
+            part.copy_(full[: len(part)])
+        return None
+
+    def scatter(output: torch.Tensor, parts: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = [len(part) for part in parts]
+        if len(set(sizes)) == 1:
+            return reduce_scatter(output, parts, *args, **kwargs)
+        whole = torch.cat(tuple(parts))
+        torch.distributed.all_reduce(whole, *args, **kwargs)
+        mine = torch.distributed.get_rank(kwargs.get("group"))
+        output.copy_(torch.split(whole, sizes)[mine])
+        return None
+
+    torch.distributed.all_gather = gather  # type: ignore[assignment]
+    torch.distributed.reduce_scatter = scatter  # type: ignore[assignment]
 
 
 def skip_missing_makefile() -> None:

@@ -27,6 +27,9 @@ class Model(StrEnum):
 
     QWEN3 = "qwen3"
     LLAMA = "llama"
+    QWEN2_MOE = "qwen2_moe"
+    QWEN3_MOE = "qwen3_moe"
+    DEEPSEEK_V3 = "deepseek_v3"
 
 
 class Loss(StrEnum):

@@ -3,16 +3,22 @@
 Megatron adds a side loss as a gradient, multiplied by a token count, and trusts the final division
 to be by tokens. When the loss is a mean over turns it divides by turns, and a row of 131,072 tokens
 with 150 turns would get its balancing loss 874 times too strong. Here is what undoes that: with
-``U`` units, ``L`` labels and ``V`` true tokens in the global batch, all known from the row plan,
+``U`` units, ``L`` labels and ``P`` positions (padding counted) in the global batch, all known
+beforehand from the row plan, and ``M`` micro-batches over all data-parallel ranks,
 
-    MoE losses   (Σ_mb V_mb · aux_mb) · (U / V) / U   =  mean of aux over micro-batches, by tokens
-    MTP loss     (Σ ce_mtp) · (U / L) / U             =  Σ ce_mtp / L
+    MoE losses   (Σ_mb P / M · aux_mb) · (U / P) / U   =  Σ_mb aux_mb / M
+    MTP loss     (Σ ce_mtp) · (U / L) / U              =  Σ ce_mtp / L
 
-so the side losses' gradient is the same whichever objective is chosen, and padding has no part in
-it: the router gets a mask of the padding. Megatron 0.19 renormalizes MTP on each rank by the labels
-that moved over a context-parallel seam or out of a document. No scale undoes that, so labels next
-to any possible seam are left out of the MTP loss: a handful per document, and the same ones on
-every layout.
+so the side losses' gradient is the same whichever objective is chosen.
+
+Padding is routed and balanced like any token. Megatron 0.19 can mask it, but then multiplies each
+rank's part of the balancing loss by that rank's count of true tokens, which depends on the cut
+(measured: 9 % of a gradient at CP 2); without the mask every rank has as many. Rows packed well are
+padding by a fraction of a percent.
+
+Megatron renormalizes MTP on each rank by the labels that moved over a context-parallel seam or out
+of a document. No scale undoes that, so labels next to any possible seam are left out of the MTP
+loss: a handful per document, and the same ones on every layout.
 
 Source: the switch load-balancing loss of arXiv 2101.03961, the router z-loss of arXiv 2202.08906,
 multi-token prediction of arXiv 2412.19437, each as Megatron-Core 0.19 scales it (router.py,
@@ -29,27 +35,13 @@ def side_loss_scale(*, units: int, counted: int) -> float:
 
     Args:
         units: Units of the global batch; Megatron divides by at least 1.
-        counted: Tokens or labels of the global batch.
+        counted: Positions or labels of the global batch.
 
     Example:
         >>> side_loss_scale(units=150, counted=131072) * 874 > 1.0
         True
     """
     return max(units, 1) / max(counted, 1)
-
-
-def is_padding(batch: SFTBatch, *, cp_size: int) -> torch.Tensor:
-    """Return bool [T]: positions behind the end of their document's true tokens.
-
-    Args:
-        batch: One share, on the host.
-        cp_size: Ranks that share a row.
-
-    Example:
-        A document of 3 tokens aligned to 4, then a tail pad of 2: 0 0 0 1 | 1 1.
-    """
-    true_lengths = torch.diff(batch.cu_seqlens_unpadded)
-    return batch.position_ids >= _per_token(true_lengths, batch, cp_size)
 
 
 def mtp_mask(batch: SFTBatch, *, cp_size: int, num_layers: int, num_slices: int) -> torch.Tensor:
@@ -65,11 +57,6 @@ def mtp_mask(batch: SFTBatch, *, cp_size: int, num_layers: int, num_slices: int)
         num_slices: Slices of each document that layouts may cut; a multiple of ``2 * cp_size``.
     """
     lengths = torch.diff(batch.cu_seqlens)
-    slice_tokens = _per_token(lengths // num_slices, batch, cp_size)
+    slice_tokens = torch.repeat_interleave(lengths // num_slices, lengths // cp_size)
     place = batch.position_ids % slice_tokens
     return ((batch.turn_tokens > 0) & (place >= num_layers)).long()
-
-
-def _per_token(per_document: torch.Tensor, batch: SFTBatch, cp_size: int) -> torch.Tensor:
-    """Repeat one value per document over this share's tokens."""
-    return torch.repeat_interleave(per_document, torch.diff(batch.cu_seqlens) // cp_size)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from megasft.proof.layouts import DENSE, Layout
+from megasft.proof.layouts import DENSE, MOE, Layout
 from megasft.proof.samples import VOCAB
 
 SIZES: Final = {
@@ -28,7 +28,7 @@ class Family:
         what: What is special about it, for the report.
         build: Makes the Hugging Face model, random by torch's seed.
         layouts: The layouts it is run on.
-        has_experts: Whether there are routers with losses of their own.
+        has_experts: Whether there are softmax routers, whose losses the truth knows.
     """
 
     what: str
@@ -55,15 +55,69 @@ def _llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(**SIZES, **heads, tie_word_embeddings=True))
 
 
+MOE_SIZES: Final = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "tie_word_embeddings": False,
+}
+
+
+def _qwen2_moe() -> Any:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 48}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **MOE_SIZES, **experts))
+
+
+def _qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MOE_SIZES, **experts, head_dim=16))
+
+
+def _deepseek_v3() -> Any:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "first_k_dense_replace": 0}
+    heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    sizes = SIZES | MOE_SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **experts, **latent, **heads))
+
+
 TIED: Final = tuple(
     layout
     for layout in DENSE
     if layout.name in ("1 rank", "TP 2 + SP, mbs 2", "CP 2", "PP 2", "TP 2 + SP x CP 2 x PP 2")
 )
 
+FEW_MOE: Final = tuple(
+    layout
+    for layout in MOE
+    if layout.name
+    in ("1 rank", "TP 2 + SP", "CP 2 x EP 2", "PP 2", "TP 2 + SP x CP 2 x DP 2 x EP 2")
+)
+
+LATENT: Final = tuple(layout for layout in MOE if layout.tp == 1)
+"""Megatron's local layers cannot split latent attention over tensor-parallel ranks."""
+
 FAMILIES: Final = {
     "qwen3": Family("dense, grouped-query attention, qk-norm, untied embeddings", _qwen3, DENSE),
     "llama": Family("dense, tied embeddings", _llama, TIED),
+    "qwen2_moe": Family(
+        "8 experts, 2 chosen, a gated shared expert, biases", _qwen2_moe, MOE, has_experts=True
+    ),
+    "qwen3_moe": Family(
+        "8 experts, 2 chosen and renormalized, qk-norm", _qwen3_moe, FEW_MOE, has_experts=True
+    ),
+    "deepseek_v3": Family(
+        "latent attention (q/k heads of 24, v of 12), 8 experts in groups, sigmoid router with "
+        "bias, shared expert",
+        _deepseek_v3,
+        LATENT,
+    ),
 }
 """``megasft prove --model NAME``."""
 
@@ -79,4 +133,13 @@ def build(family: str, *, seed: int) -> Any:
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    return FAMILIES[family].build()
+    model = FAMILIES[family].build()
+    if FAMILIES[family].layouts is not DENSE and hasattr(model, "set_experts_implementation"):
+        # The library's grouped kernel has no float64.
+        model.set_experts_implementation("eager")
+    with torch.no_grad():
+        # Norms of one, biases and expert biases of zero would hide where they are lost.
+        for name, vector in (*model.named_parameters(), *model.named_buffers()):
+            if vector.dim() == 1 and not name.endswith("inv_freq"):
+                vector.add_(0.2 * torch.randn_like(vector))
+    return model

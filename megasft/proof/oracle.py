@@ -93,9 +93,9 @@ def mean_loss(
 
 
 def router_losses(
-    model: Any, micro_batches: list[list[Sample]], *, aux_coeff: float, z_coeff: float
+    model: Any, micro_batches: list[list[list[int]]], *, aux_coeff: float, z_coeff: float
 ) -> torch.Tensor:
-    """Average the routers' side losses over a global batch, by true tokens.
+    """Average the routers' side losses over the micro-batches of a global batch.
 
     With ``V`` tokens in a micro-batch, ``c_e`` of which choose expert ``e`` (``k`` of ``E`` each),
     and ``P_e`` the sum of its probabilities, balancing is ``E / (k V^2) Σ_e P_e c_e``; z is the
@@ -105,27 +105,25 @@ def router_losses(
 
     Args:
         model: Hugging Face model in float64 with a router ``mlp.gate`` in each sparse layer.
-        micro_batches: The samples that are routed together.
+        micro_batches: Token ids of the documents that are routed together, padding included.
         aux_coeff: Weight of the balancing loss.
         z_coeff: Weight of the z-loss.
     """
     top_k = model.config.num_experts_per_tok
-    total, num_tokens = torch.zeros((), dtype=torch.float64), 0
-    for samples in micro_batches:
-        size = sum(len(sample.tokens) for sample in samples)
-        for logits_VE in _router_logits(model, samples):
-            num_experts = logits_VE.shape[1]
+    total = torch.zeros((), dtype=torch.float64)
+    for documents in micro_batches:
+        for logits_VE in _router_logits(model, documents):
+            size, num_experts = logits_VE.shape
             chosen = logits_VE.topk(top_k, dim=1).indices
             count_E = torch.bincount(chosen.flatten(), minlength=num_experts)
             sum_E = logits_VE.softmax(dim=1).sum(dim=0)
             balance = num_experts / (top_k * size**2) * (sum_E * count_E).sum()
             z = logits_VE.logsumexp(dim=1).square().mean()
-            total = total + size * (aux_coeff * balance + z_coeff * z)
-        num_tokens += size
-    return total / num_tokens
+            total = total + aux_coeff * balance + z_coeff * z
+    return total / len(micro_batches)
 
 
-def _router_logits(model: Any, samples: list[Sample]) -> list[torch.Tensor]:
+def _router_logits(model: Any, documents: list[list[int]]) -> list[torch.Tensor]:
     """Return float64 [V, E] per sparse layer: what the router says of every token."""
     seen: dict[Any, list[torch.Tensor]] = {}
 
@@ -135,8 +133,8 @@ def _router_logits(model: Any, samples: list[Sample]) -> list[torch.Tensor]:
 
     routers = [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
     hooks = [router.register_forward_hook(see) for router in routers]
-    for sample in samples:
-        model(input_ids=torch.tensor([sample.tokens.tolist()]))
+    for document in documents:
+        model(input_ids=torch.tensor([document]))
     for hook in hooks:
         hook.remove()
     return [torch.cat(logits) for logits in seen.values()]
@@ -204,6 +202,7 @@ def saved_names(model: Any, values: dict[torch.nn.Parameter, torch.Tensor]) -> T
 
     Some classes name and stack tensors otherwise in memory than on disk (experts); the library's
     own ``save_pretrained`` translates, so it is asked to save the values as if they were weights.
+    Buffers are left out.
     """
     from safetensors.torch import load_file
 
@@ -214,7 +213,8 @@ def saved_names(model: Any, values: dict[torch.nn.Parameter, torch.Tensor]) -> T
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             saved: Tensors = load_file(Path(folder) / "model.safetensors")
-            return saved
+            buffers = dict(model.named_buffers())
+            return {name: value for name, value in saved.items() if name not in buffers}
     finally:
         for parameter, data in kept.items():
             parameter.data = data

@@ -88,8 +88,11 @@ def compare(record: Path, truth: Truth, model: Model, start: Tensors) -> dict[st
         start: The parameters before the step, by Hugging Face's names.
     """
     run = torch.load(record, weights_only=True)
+    # Buffers (an expert's bias) have no gradient; conversion asks for every tensor of a model.
+    shape = (model.num_layers, model.num_experts)
+    buffers = {rule.megatron: torch.zeros(shape) for rule in model.rules if rule.is_buffer}
     gradients, parameters = (
-        to_hf(run[kind], model, verify=False) for kind in ("gradients", "parameters")
+        to_hf(buffers | run[kind], model, verify=False) for kind in ("gradients", "parameters")
     )
     gradient_error, worst_gradient = worst(gradients, truth.gradients)
     updates = [

@@ -97,7 +97,8 @@ class World:
         rows = self.first_rows()
         side_loss = None
         if objective.has_side_losses:
-            groups = [list(chain(*rows[i : i + mbs])) for i in range(0, self.batch, mbs)]
+            padded = [padded_documents(row) for row in rows]
+            groups = [list(chain(*padded[i : i + mbs])) for i in range(0, self.batch, mbs)]
             side_loss = partial(
                 router_losses, self.hf, groups, aux_coeff=AUX_COEFF, z_coeff=Z_COEFF
             )
@@ -125,6 +126,13 @@ class World:
         flags = [str(text) for pair in sizes.items() for text in pair]
         split = layout.flags(num_layers=self.model.num_layers)
         return [*flags, "--calculate-per-token-loss", *ADAM.flags, *objective.flags, *split]
+
+
+def padded_documents(row: list[Sample], *, pad_token: int = 0) -> list[list[int]]:
+    """Return the documents of a row as they are trained: padded, and the tail as one of its own."""
+    documents = [one.tokens.tolist() + [pad_token] * (-len(one.tokens) % ALIGN) for one in row]
+    tail = ROW_TOKENS - sum(map(len, documents))
+    return [*documents, [pad_token] * tail] if tail else documents
 
 
 def make_world(folder: Path, family: str) -> World:

@@ -12,11 +12,10 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megasft.attention.core_attention import packed_row
-from megasft.loss.auxiliary import is_padding, mtp_mask
+from megasft.loss.auxiliary import mtp_mask
 from megasft.loss.loss_func import LossOutput, sft_loss
 from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
 from megasft.training.global_batch import GlobalBatches
-from megasft.training.hooks import masks_padding
 from megasft.training.probe import Probe
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
@@ -45,11 +44,10 @@ def forward_step_func(
             cp_rank=mpu.get_context_parallel_rank(),
             cp_size=cp_size,
         )
-        vp_stage = get_attr_wrapped_model(model, "vp_stage")
         # Interleaved stages see each micro-batch once per chunk; it counts once.
-        if model.training and not vp_stage:
+        if model.training and not get_attr_wrapped_model(model, "vp_stage"):
             update_seqlen_stats_from_cu_seqlens(batch.cu_seqlens_unpadded)
-        masks = _masks_of_side_losses(args, batch, cp_size=cp_size, vp_stage=vp_stage)
+        masks = _mask_of_mtp(args, batch, cp_size=cp_size)
         batch = _to_device(batch, device)
         losses = model(
             input_ids=batch.tokens.unsqueeze(0),
@@ -82,27 +80,17 @@ def _loss_func(
     return loss if probe is None else lambda losses: probe.loss(loss(losses), batch)
 
 
-def _masks_of_side_losses(
-    args: Any, batch: SFTBatch, *, cp_size: int, vp_stage: int | None
-) -> dict[str, torch.Tensor]:
-    """Return the masks MoE and MTP layers ask for; none for a dense model."""
-    masks = {}
-    if masks_padding(args):
-        padding = is_padding(batch, cp_size=cp_size)
-        is_first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-        if args.sequence_parallel and not is_first:
-            # Megatron 0.19 cuts this mask where the embedding is, and nowhere else.
-            rank, size = mpu.get_tensor_model_parallel_rank(), args.tensor_model_parallel_size
-            padding = padding.chunk(size)[rank]
-        masks["padding_mask"] = padding
-    if args.mtp_num_layers:
-        masks["loss_mask"] = mtp_mask(
-            batch,
-            cp_size=cp_size,
-            num_layers=args.mtp_num_layers,
-            num_slices=math.lcm(args.megasft_align_tokens, 2 * cp_size),
-        )
-    return masks
+def _mask_of_mtp(args: Any, batch: SFTBatch, *, cp_size: int) -> dict[str, torch.Tensor]:
+    """Return the labels multi-token prediction learns; nothing without it."""
+    if not args.mtp_num_layers:
+        return {}
+    mask = mtp_mask(
+        batch,
+        cp_size=cp_size,
+        num_layers=args.mtp_num_layers,
+        num_slices=math.lcm(args.megasft_align_tokens, 2 * cp_size),
+    )
+    return {"loss_mask": mask}
 
 
 def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> SFTBatch:

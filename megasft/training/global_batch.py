@@ -1,7 +1,7 @@
 """What the row plan knows of the global batch in training, before a single token is read.
 
 Which rows a step trains follows from Megatron's consumed samples alone, and the plan counts what
-each row holds. So every rank knows the units, labels and tokens of the whole global batch without
+each row holds. So every rank knows the units, labels and size of the whole global batch without
 communication: the audit compares them with what Megatron reduced, and the side losses are scaled
 by them.
 """
@@ -19,14 +19,12 @@ class GlobalBatch(NamedTuple):
         rows: Rows of the plan, in the order of the run.
         units: What the loss is divided by.
         labels: Label tokens.
-        tokens: True tokens, padding not counted.
-        positions: Tokens with padding.
+        positions: Tokens, padding counted.
     """
 
     rows: tuple[int, ...]
     units: int
     labels: int
-    tokens: int
     positions: int
 
 
@@ -56,10 +54,9 @@ class GlobalBatches:
         key = (position, num_rows)
         if self._last is None or self._last[0] != key:
             rows = [self.order[k] for k in range(position, position + num_rows)]
-            totals = (self.units_of_row, self.plan.labels, self.plan.tokens)
-            units, labels, tokens = (int(values[rows].sum()) for values in totals)
+            units, labels = (int(v[rows].sum()) for v in (self.units_of_row, self.plan.labels))
             positions = num_rows * self.plan.row_tokens
-            self._last = (key, GlobalBatch(tuple(rows), units, labels, tokens, positions))
+            self._last = (key, GlobalBatch(tuple(rows), units, labels, positions))
         return self._last[1]
 
     def now(self, args: Any) -> GlobalBatch:

@@ -21,18 +21,8 @@ def install(config: Any, args: Any, batches: GlobalBatches, probe: Probe | None 
         probe: Sees the final gradients of each step.
     """
     config.finalize_model_grads_func = _finalize(args, batches, probe)
-    routed = "tokens" if masks_padding(args) else "positions"
-    config.moe_grad_scale_func = _scale(config, args, batches, counted=routed)
+    config.moe_grad_scale_func = _scale(config, args, batches, counted="positions")
     config.mtp_grad_scale_func = _scale(config, args, batches, counted="labels")
-
-
-def masks_padding(args: Any) -> bool:
-    """Say whether routers are told which positions are padding.
-
-    Megatron 0.19.2 cannot combine that mask with an expert bias (its shapes do not fit), so there
-    padding is balanced like anything else.
-    """
-    return bool(args.num_experts) and not args.moe_router_enable_expert_bias
 
 
 def _finalize(args: Any, batches: GlobalBatches, probe: Probe | None) -> Callable[..., None]:

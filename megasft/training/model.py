@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -13,7 +15,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megasft.attention.core_attention import PackedCoreAttention
 from megasft.errors import FlagError
-from megasft.training.arguments import attention_backend
+from megasft.training.arguments import attention_backend, uses_te_spec
 from megasft.training.model_builder import SFTModelConfig
 from megasft.training.norm import replace_norms, torch_norm
 
@@ -32,6 +34,13 @@ def model_config(args: Any) -> GPTModelConfig:
                 f"--spec and --megasft-attention {backend} exclude each other; put your core "
                 "attention in the spec and drop --megasft-attention"
             )
+        if _splits_latent_attention(args):
+            raise FlagError(
+                f"--multi-latent-attention with --tensor-model-parallel-size "
+                f"{args.tensor_model_parallel_size}: Megatron 0.19's local layers do not sum the "
+                "gradient of the shared rotary key over these ranks (29 % of a gradient at TP 2); "
+                "use --transformer-impl transformer_engine, or TP 1 with EP, PP, CP and DP"
+            )
         config.transformer_layer_spec = partial(_layer_spec, backend=backend)
     # Rows of a micro-batch are laid end to end, [rows * tokens, 1, hidden], where Megatron's
     # pipeline expects [tokens, rows, hidden]; let the stages tell each other the shape.
@@ -40,6 +49,11 @@ def model_config(args: Any) -> GPTModelConfig:
         and max(args.micro_batch_size, args.eval_micro_batch_size) > 1
     )
     return config
+
+
+def _splits_latent_attention(args: Any) -> bool:
+    is_split = args.multi_latent_attention and args.tensor_model_parallel_size > 1
+    return is_split and not uses_te_spec(args)
 
 
 def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, backend: str) -> Any:
@@ -57,4 +71,23 @@ def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, backend:
         # A spec, not a partial: multi-latent attention builds its parts with build_module.
         params = {"backend": backend}
         attention.core_attention = ModuleSpec(module=PackedCoreAttention, params=params)
+        if config.transformer.transformer_impl == "local":
+            _name_norms_as_transformer_engine(layer.submodules)
     return spec
+
+
+def _name_norms_as_transformer_engine(layer: Any) -> None:
+    """Name the norms of a local layer in checkpoints as Transformer Engine's layers do.
+
+    There a norm is part of the linear layer behind it. Megatron's local spec says so for a plain
+    dense layer only: of experts it claims the same, where Transformer Engine's has a norm of its
+    own, and of latent attention nothing. A checkpoint of one could not be loaded by the other.
+    """
+    parts = getattr(layer.mlp, "keywords", {}).get("submodules")
+    names = {} if isinstance(parts, MoESubmodules) else {"pre_mlp_layernorm.": "mlp.linear_fc1."}
+    if isinstance(layer.self_attention.submodules, MLASelfAttentionSubmodules):
+        names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj."
+        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj."
+    else:
+        names["input_layernorm."] = "self_attention.linear_qkv."
+    layer.sharded_state_dict_keys_map = {k: f"{v}layer_norm_" for k, v in names.items()}

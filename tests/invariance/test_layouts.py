@@ -39,7 +39,7 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
     wrong = [v for v in found if not v.is_exact]
     assert not wrong, wrong
     layouts = {(v.family, v.layout) for v in found}
-    for family, at_least in (("qwen3", 20), ("llama", 5)):
+    for family, at_least in (("qwen3", 20), ("qwen2_moe", 8)):
         assert len([name for f, name in layouts if f == family]) >= at_least
     assert {v.ranks for v in found} == {1, 2, 4, 8}
 

@@ -54,6 +54,71 @@ assert torch.compile(len)("ab") == 2
     assert out.count("no CUDA device: Megatron runs on the CPU with gloo") == 1
 
 
+def test_a_backward_pass_inside_a_backward_pass_still_means_the_cpu() -> None:
+    """What activation recomputation does; its layers may ask for CUDA in their own backward."""
+    python(
+        """
+import torch
+from megasft import cpu
+cpu.prepare()
+class AsksForCuda(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 3
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.full((1,), 3.0, device=torch.cuda.current_device())
+class Recomputes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 3
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = AsksForCuda.apply(x)
+        torch.autograd.backward((y,), (grad,))
+        return x.grad
+w = torch.tensor([2.0], requires_grad=True)
+torch.autograd.backward(Recomputes.apply(w).sum())
+assert w.grad.item() == 3.0
+v = torch.tensor([2.0], requires_grad=True)
+torch.autograd.backward([v * 2, v * 5], [torch.ones(1), torch.tensor([10.0])])
+assert v.grad.item() == 52.0
+"""
+    )
+
+
+def test_parts_of_different_length_are_gathered_and_summed() -> None:
+    python(
+        """
+import os, tempfile
+import torch, torch.distributed as dist
+from megasft import cpu
+cpu.prepare()
+path = tempfile.mktemp()
+child = os.fork()
+rank = 0 if child else 1
+dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
+mine = torch.full((3 - rank, 2), float(rank + 1))
+parts = [torch.empty(3, 2), torch.empty(2, 2)]
+dist.all_gather(parts, mine, group=dist.group.WORLD)
+assert parts[0].eq(1).all() and parts[1].eq(2).all()
+total = torch.empty_like(mine)
+dist.reduce_scatter(total, [p * (rank + 1) for p in parts], group=dist.group.WORLD)
+assert total.eq(3 * (rank + 1)).all()
+even = [torch.empty(2), torch.empty(2)]
+dist.all_gather(even, torch.full((2,), float(rank)))
+assert even[0].eq(0).all() and even[1].eq(1).all()
+dist.destroy_process_group()
+if not child:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    )
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [

@@ -10,10 +10,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from typer.testing import CliRunner
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
+from checkpoint_convert.config_map import read_model
 from checkpoint_convert.rules import same_bits
+from checkpoint_convert.tensor_map import to_hf, to_megatron
 from megasft.cli.convert import convert_app
 from megasft.errors import ConversionError
-from tests.unit.checkpoint_convert.tiny_models import MODELS, save
+from tests.unit.checkpoint_convert.tiny_models import MODELS, make, save
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -22,6 +24,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def entries(checkpoint: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return the shapes of a checkpoint's tensors, and the names of its objects."""
+    found = FileSystemReader(checkpoint / "release").read_metadata().state_dict_metadata
+    sizes = {key: tuple(entry.size) for key, entry in found.items() if hasattr(entry, "size")}
+    return sizes, found.keys() - sizes.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -51,9 +60,7 @@ def test_the_checkpoint_has_the_tensors_and_objects_that_both_layer_specs_ask_fo
     tmp_path: Path,
 ) -> None:
     hf_to_megatron.convert(save("qwen3", tmp_path / "hf"), tmp_path / "megatron")
-    entries = FileSystemReader(tmp_path / "megatron" / "release").read_metadata()
-    found = entries.state_dict_metadata
-    sizes = {key: tuple(entry.size) for key, entry in found.items() if hasattr(entry, "size")}
+    sizes, objects = entries(tmp_path / "megatron")
     assert sizes == {
         "embedding.word_embeddings.weight": (98, 32),
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (2, 32),
@@ -67,10 +74,133 @@ def test_the_checkpoint_has_the_tensors_and_objects_that_both_layer_specs_ask_fo
         "decoder.final_layernorm.weight": (32,),
         "output_layer.weight": (98, 32),
     }
-    objects = found.keys() - sizes.keys()
     assert "common_state/shard_0_1" in objects
     assert "decoder.layers.mlp.linear_fc2._extra_state/shard_1_2" in objects
     assert len(objects) == 1 + 1 + 6 * 2
+
+
+def test_experts_have_the_names_that_both_layer_specs_ask_for(tmp_path: Path) -> None:
+    """A norm of its own before the router, and experts as an axis behind the layers'."""
+    hf_to_megatron.convert(save("qwen2_moe", tmp_path / "hf"), tmp_path / "megatron")
+    sizes, objects = entries(tmp_path / "megatron")
+    experts = {key: size for key, size in sizes.items() if "linear_qkv" not in key}
+    assert experts == {
+        "embedding.word_embeddings.weight": (98, 32),
+        "decoder.layers.self_attention.linear_proj.weight": (2, 32, 32),
+        "decoder.layers.pre_mlp_layernorm.weight": (2, 32),
+        "decoder.layers.mlp.router.weight": (2, 6, 32),
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight": (2, 6, 48, 32),
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight": (2, 6, 32, 24),
+        "decoder.layers.mlp.shared_experts.linear_fc1.weight": (2, 80, 32),
+        "decoder.layers.mlp.shared_experts.linear_fc2.weight": (2, 32, 40),
+        "decoder.layers.mlp.shared_experts.gate_weight": (2, 1, 32),
+        "decoder.final_layernorm.weight": (32,),
+        "output_layer.weight": (98, 32),
+    }
+    assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.5_2.6" in objects
+    assert "decoder.layers.mlp.shared_experts.linear_fc2._extra_state/shard_1_2" in objects
+    assert "decoder.layers.pre_mlp_layernorm._extra_state/shard_0_2" in objects
+    assert len(objects) == 1 + 1 + 7 * 2 + 2 * 2 * 6
+
+
+def test_layers_of_two_kinds_have_keys_of_their_own(tmp_path: Path) -> None:
+    """And latent attention's norms lie in the linear layers behind them."""
+    hf_to_megatron.convert(save("deepseek_v3_dense_first", tmp_path / "hf"), tmp_path / "megatron")
+    sizes, objects = entries(tmp_path / "megatron")
+    in_layer = {
+        i: {key.removeprefix(f"decoder.layers.{i}."): size for key, size in sizes.items()}
+        for i in range(3)
+    }
+    dense = {key: size for key, size in in_layer[0].items() if not key.startswith("decoder")}
+    assert dense.pop("embedding.word_embeddings.weight") == (98, 32)
+    assert dense.pop("output_layer.weight") == (98, 32)
+    assert dense == {
+        "input_layernorm.weight": (32,),
+        "self_attention.linear_q_down_proj.weight": (24, 32),
+        "self_attention.linear_q_up_proj.layer_norm_weight": (24,),
+        "self_attention.linear_q_up_proj.weight": (96, 24),
+        "self_attention.linear_kv_down_proj.weight": (24, 32),
+        "self_attention.linear_kv_up_proj.layer_norm_weight": (16,),
+        "self_attention.linear_kv_up_proj.weight": (112, 16),
+        "self_attention.linear_proj.weight": (32, 48),
+        "mlp.linear_fc1.layer_norm_weight": (32,),
+        "mlp.linear_fc1.weight": (96, 32),
+        "mlp.linear_fc2.weight": (32, 48),
+    }
+    assert in_layer[2]["mlp.router.expert_bias"] == (12,)
+    assert in_layer[2]["mlp.experts.experts.linear_fc1.weight"] == (12, 48, 32)
+    assert in_layer[2]["pre_mlp_layernorm.weight"] == (32,)
+    assert "mlp.linear_fc1.weight" not in in_layer[2]
+    assert "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1" in objects
+    assert "decoder.layers.2.mlp.experts.experts.linear_fc1._extra_state/shard_11_12" in objects
+    assert not any(key.startswith("decoder.layers.0.mlp.experts") for key in objects)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_dense_first"])
+def test_experts_that_a_folder_holds_as_one_tensor_come_back_one_by_one(
+    tmp_path: Path, name: str
+) -> None:
+    hf = save(name, tmp_path / "hf")
+    apart = weights(hf)
+    in_memory = {key: t.clone() for key, t in make(name).state_dict().items()}
+    assert any(key.endswith("experts.gate_up_proj") for key in in_memory)
+    rewrite(hf, in_memory)
+    hf_to_megatron.convert(hf, tmp_path / "megatron")
+    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+    after = weights(tmp_path / "back")
+    assert after.keys() == apart.keys()
+    assert all(same_bits(after[key], apart[key]) for key in apart)
+
+
+def test_experts_that_are_there_in_both_forms_are_refused(tmp_path: Path) -> None:
+    hf = save("qwen3_moe", tmp_path / "hf")
+    one = {"model.layers.0.mlp.experts.down_proj": torch.zeros(6, 32, 24)}
+    rewrite(hf, weights(hf) | one)
+    with pytest.raises(ConversionError, match=r"experts\.0\.down_proj\.weight is there twice"):
+        hf_to_megatron.convert(hf, tmp_path / "megatron")
+
+
+def test_a_lost_router_bias_is_named(tmp_path: Path) -> None:
+    hf = save("deepseek_v3", tmp_path / "hf")
+    tensors = weights(hf)
+    del tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
+    rewrite(hf, tensors)
+    with pytest.raises(
+        ConversionError, match=r"lacks 1 tensors \(model\.layers\.1\.mlp\.gate\.e_sc"
+    ):
+        hf_to_megatron.convert(hf, tmp_path / "megatron")
+
+
+def test_a_float32_router_bias_stays_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
+    """As the published models have it; the router's choice hangs on its last bits."""
+    hf = save("deepseek_v3_dense_first", tmp_path / "hf", dtype=torch.bfloat16)
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+    before = weights(hf) | {name: torch.linspace(1, 2, 12)}
+    rewrite(hf, before)
+    hf_to_megatron.convert(hf, tmp_path / "megatron")
+    for dtype in (None, torch.float16):
+        megatron_to_hf.convert(
+            tmp_path / "megatron", tmp_path / "back", dtype=dtype, overwrite=True
+        )
+        after = weights(tmp_path / "back")
+        assert same_bits(after[name], before[name])
+        assert after["model.norm.weight"].dtype == (dtype or torch.bfloat16)
+
+
+def test_gradients_convert_like_weights(tmp_path: Path) -> None:
+    """A gradient has the keys and shapes of its weight, in float32, whatever the model's dtype."""
+    for name in ("qwen2_moe", "deepseek_v3_dense_first"):
+        hf = save(name, tmp_path / name, dtype=torch.bfloat16)
+        model = read_model(hf)
+        placed = to_megatron(weights(hf), model, verify=True)
+        pieces: dict[str, list[torch.Tensor]] = {}
+        for key, _, data in placed:
+            pieces.setdefault(key, []).append(data.float())
+        whole = {rule.megatron: rule.is_per_layer for rule in model.rules}
+        stacked = {k: torch.stack(v) if whole[k] else v[0] for k, v in pieces.items()}
+        found = to_hf(stacked, model, verify=False)
+        assert {t.dtype for t in found.values()} == {torch.float32}
+        assert all(torch.equal(found[key], t.float()) for key, t in weights(hf).items())
 
 
 def test_the_model_file_holds_flags_and_everything_but_weights_is_copied(tmp_path: Path) -> None:

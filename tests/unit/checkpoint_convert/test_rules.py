@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from checkpoint_convert.rules import GATED, QKV, WHOLE, Heads, Join, Rule, merged, same_bits, split
+from checkpoint_convert.rules import (
+    GATED,
+    QKV,
+    WHOLE,
+    Heads,
+    Join,
+    Rule,
+    for_each_expert,
+    merged,
+    same_bits,
+    split,
+)
 from megasft.errors import ConversionError
 
 # Four heads in two groups, one number per head: head h of Q is 1h, of K 2h, of V 3h.
@@ -74,3 +85,24 @@ def test_a_rule_without_a_layer_has_one_name() -> None:
     rule = Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE)
     assert not rule.is_per_layer and rule.hf_names(3) == ("model.norm.weight",)
     assert RULE.is_per_layer and RULE.hf_names(3) == ("3.q", "3.k", "3.v")
+
+
+def test_experts_are_an_axis_and_each_has_its_gate_before_its_up() -> None:
+    rule = Rule("fc1", ("0.gate", "0.up", "1.gate", "1.up"), for_each_expert(GATED, 2))
+    parts = [torch.tensor([[float(value)]]) for value in (1, 2, 3, 4)]
+    whole = merged(rule, parts, HEADS, verify=True)
+    assert whole.tolist() == [[[1], [2]], [[3], [4]]]
+    assert [part.item() for part in split(rule, whole, HEADS, verify=True)] == [1, 2, 3, 4]
+
+
+def test_another_number_of_experts_than_the_tensor_has_is_an_error() -> None:
+    rule = Rule("fc2", ("0.down", "1.down"), for_each_expert(WHOLE, 1))
+    with pytest.raises(ConversionError, match=r"holds 3 tensors, and the configuration says 2"):
+        split(rule, torch.zeros(3, 1, 1), HEADS, verify=False)
+
+
+def test_the_rule_of_one_layer_names_it_on_both_sides() -> None:
+    rule = Rule("decoder.layers.mlp.linear_fc2.weight", ("model.layers.{layer}.down",), WHOLE)
+    one = rule.at(3)
+    assert one.megatron == "decoder.layers.3.mlp.linear_fc2.weight"
+    assert one.hf == ("model.layers.3.down",) and not one.is_per_layer

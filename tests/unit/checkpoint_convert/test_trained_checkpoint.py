@@ -85,22 +85,33 @@ def test_padded_vocabulary_rows_are_cut_off(trained: Path, tmp_path: Path) -> No
     assert all(same_bits(found[name], wanted[name]) for name in wanted)
 
 
+TP = ("--tensor-model-parallel-size", 2)
+EP = ("--expert-model-parallel-size", 2)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("qwen2", TP), ("qwen3", TP), ("qwen2_moe", EP), ("deepseek_v3_dense_first", EP)),
+        ("qwen3_moe", (*TP, *EP, "--expert-tensor-parallel-size", 1, "--sequence-parallel")),
+    ],
+)
 def test_a_run_that_changes_nothing_gives_back_the_model_it_started_from(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, layout: tuple[object, ...]
 ) -> None:
     """What users do: convert, train in parallel with a distributed optimizer, convert back.
 
-    Mirrors ``save_checkpoint`` (Megatron 0.19.2) at TP 2 with optimizer state in the same files. A
-    learning rate of 0 leaves every bit alone; ``test_megatron_model`` covers that weights matter.
+    Mirrors ``save_checkpoint`` (Megatron 0.19.2) with optimizer state in the same files. A learning
+    rate of 0 leaves every bit alone, the bias of a router included; ``test_megatron_model`` covers
+    that weights matter.
     """
     hf = save(name, tmp_path / "hf")
     hf_to_megatron.convert(hf, tmp_path / "megatron")
     store = write_store(tmp_path / "store", random_samples(20, seed=1, vocab=98), vocab_size=98)
     flags = ("--megasft-data", store.path, "--megasft-hf", tmp_path / "megatron")
     flags += ("--save", tmp_path / "run", "--save-interval", 1, "--use-distributed-optimizer")
-    flags += ("--tensor-model-parallel-size", 2, "--calculate-per-token-loss")
+    flags += (*layout, "--calculate-per-token-loss")
     flags += ("--seq-length", 64, "--micro-batch-size", 1, "--global-batch-size", 2)
     flags += ("--train-iters", 1, "--lr", 0, "--eval-interval", 1)
     train(2, [list(map(str, flags))], tmp_path / "logs")

@@ -7,7 +7,7 @@ import torch
 from megasft.batch.assemble import assemble
 from megasft.batch.context_parallel import shard
 from megasft.cp_layout import zigzag_positions
-from megasft.loss.auxiliary import is_padding, mtp_mask, side_loss_scale
+from megasft.loss.auxiliary import mtp_mask, side_loss_scale
 from megasft.schema import SFTBatch
 from tests.stores import sample
 
@@ -31,14 +31,6 @@ def whole(mask_of_share: Any, cp_size: int) -> torch.Tensor:
         mine = zigzag_positions(ROW["cu_seqlens"], cp_rank=rank, cp_size=cp_size)
         row[torch.from_numpy(mine)] = mask_of_share(share(rank, cp_size), cp_size).long()
     return row
-
-
-@pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_padding_is_what_lies_behind_a_documents_true_tokens(cp_size: int) -> None:
-    padding = whole(lambda b, cp: is_padding(b, cp_size=cp), cp_size)
-
-    real = [*range(19), *range(24, 32), 32, 33]
-    assert (padding == 0).nonzero().flatten().tolist() == real
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

@@ -4,7 +4,7 @@ from megasft.errors import AuditError
 from megasft.training.audit import audit
 from megasft.training.global_batch import GlobalBatch
 
-BATCH = GlobalBatch(rows=(4, 0, 7), units=120, labels=900, tokens=1000, positions=1152)
+BATCH = GlobalBatch(rows=(4, 0, 7), units=120, labels=900, positions=1152)
 
 
 def test_the_right_count_passes() -> None:

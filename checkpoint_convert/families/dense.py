@@ -1,0 +1,15 @@
+"""Llama, Qwen2 and Qwen3: every layer is attention and one gated MLP."""
+
+from typing import Final
+
+from checkpoint_convert.families.family import ATTENTION, COMMON_FLAGS, QK_NORM, QKV_BIAS, Family
+
+LLAMA: Final = Family("LlamaForCausalLM")
+
+QWEN2: Final = Family(
+    "Qwen2ForCausalLM", (*ATTENTION, QKV_BIAS), flags=(*COMMON_FLAGS, "--add-qkv-bias")
+)
+
+QWEN3: Final = Family(
+    "Qwen3ForCausalLM", (*ATTENTION, *QK_NORM), flags=(*COMMON_FLAGS, "--qk-layernorm")
+)
