@@ -7,6 +7,7 @@ ready the parameters are still those the first step's update has left.
 Usage: torchrun --nproc-per-node N -m megasft.proof.worker RUNS.json
 """
 
+import gc
 import logging
 import sys
 import traceback
@@ -89,16 +90,27 @@ def main() -> None:
         except Exception:
             path.with_suffix(".error").write_text(traceback.format_exc())
             raise
-        _forget()
+        forget()
     torch.distributed.destroy_process_group()
 
 
-def _forget() -> None:
-    """Forget Megatron's global state, for the next run in this process group."""
+def forget() -> None:
+    """Forget Megatron's global state, for the next run in this process group.
+
+    Megatron forgets its process groups without closing them. Each holds threads and sockets, and
+    after fifty runs they would have all of the machine; so the groups of a run are closed here.
+    (A distributed optimizer keeps its own alive in 0.19.2; ``prove`` runs those layouts last.)
+    """
     from megatron.training.training import destroy_global_state
+    from torch.distributed.distributed_c10d import _world
 
     torch.distributed.barrier()
     destroy_global_state()
+    for group in list(_world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()
+    torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Loss, every gradient and the next parameters equal float64 Hugging Face, on every layout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,21 +11,24 @@ from megasft.proof.verdict import Verdict
 
 pytestmark = pytest.mark.slow
 
+EVERYTHING = Settings(
+    families=tuple(FAMILIES),
+    objectives=("turn", "router"),
+    layouts=(),
+    max_ranks=8,
+    device="cpu",
+    defect=None,
+    folder=Path(),
+)
 
-def verdicts(folder: Path, *objectives: str, max_ranks: int) -> list[Verdict]:
+
+def verdicts(folder: Path, settings: Settings) -> list[Verdict]:
     """One process group per world size, layouts of all families looped inside."""
-    settings = Settings(
-        families=tuple(FAMILIES),
-        objectives=objectives,
-        layouts=(),
-        max_ranks=max_ranks,
-        device="cpu",
-        defect=None,
-        folder=folder,
-    )
     announced: list[int] = []
-    found = prove(settings, announce=announced.append, done=lambda _: None)
+    found = prove(replace(settings, folder=folder), announce=announced.append, done=lambda _: None)
     assert announced == [len(found)]
+    wrong = [v for v in found if not v.is_exact]
+    assert not wrong, wrong
     return found
 
 
@@ -34,10 +38,8 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
     Mirrors ``pretrain`` of megatron-core 0.19.2, whole. Does not cover the distributed optimizer's
     checkpoints, Transformer Engine, or 16-bit training.
     """
-    found = verdicts(tmp_path, "turn", "router", max_ranks=8)
+    found = verdicts(tmp_path, EVERYTHING)
 
-    wrong = [v for v in found if not v.is_exact]
-    assert not wrong, wrong
     layouts = {(v.family, v.layout) for v in found}
     for family, at_least in (("qwen3", 20), ("qwen2_moe", 8)):
         assert len([name for f, name in layouts if f == family]) >= at_least
@@ -45,9 +47,14 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
 
 
 def test_every_objective_is_exact(tmp_path: Path) -> None:
-    """Sample and token means and DFT, on one and two ranks."""
-    found = verdicts(tmp_path, "sample", "token", "dft", max_ranks=2)
+    """Sample and token means and DFT, dense and with experts."""
+    chosen = replace(
+        EVERYTHING,
+        families=("qwen3", "qwen2_moe"),
+        objectives=("sample", "token", "dft"),
+        layouts=("CP 2", "DP 2"),
+        max_ranks=2,
+    )
+    found = verdicts(tmp_path, chosen)
 
-    wrong = [v for v in found if not v.is_exact]
-    assert not wrong, wrong
-    assert len({v.objective for v in found}) == 3
+    assert len({v.objective for v in found}) == 3 and len({v.layout for v in found}) > 4

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from megasft.proof.layouts import Layout
 from megasft.proof.samples import random_samples, write_store
 from megasft.proof.world import ADAM, ALIGN, BATCH, ROW_TOKENS, SEED
+from tests.invariance.added import added_gradients, relative
 from tests.invariance.runs import record_all
 
 pytestmark = pytest.mark.slow
@@ -62,31 +62,16 @@ def test_mtp_adds_the_same_gradient_whatever_the_objective_on_every_layout(folde
     with any mask but ours the result depends on the cut. Not covered: MTP of interleaved pipelines.
     """
     start = make_start(folder)
-    first, largest = None, 0.0
-    for ranks in (1, 2, 4):
-        runs = [
-            (layout, objective, scale)
-            for layout in LAYOUTS
-            if layout.ranks == ranks
-            for objective in ("turn", "token")
-            for scale in (0.0, 0.5)
-        ]
-        flags = [
-            [
-                *base_flags(folder),
-                *("--pretrained-checkpoint", str(start), "--megasft-loss", objective),
-                *("--mtp-loss-scaling-factor", str(scale), *layout.flags(num_layers=2)),
-            ]
-            for layout, objective, scale in runs
-        ]
-        records = [torch.load(r) for r in record_all(ranks, flags, folder / f"runs{ranks}")]
-        for i in range(0, len(runs), 2):
-            without, with_mtp = records[i]["gradients"], records[i + 1]["gradients"]
-            added = {name: with_mtp[name].double() - without[name].double() for name in without}
-            assert all(g.abs().sum() > 0 for name, g in added.items() if "mtp" in name)
-            vector = torch.cat([added[name].flatten() for name in sorted(added)])
-            first = vector if first is None else first
-            error = float((vector - first).norm() / first.norm())
-            assert error < 2e-5, f"{runs[i][0].name}, {runs[i][1]}: {error:.1e}"
-            largest = max(largest, error)
-    assert first is not None and first.norm() > 0.1 and largest > 0
+
+    def flags(layout: Layout, objective: str, is_on: bool) -> list[str]:
+        weight = ("--mtp-loss-scaling-factor", "0.5" if is_on else "0.0")
+        begin = ("--pretrained-checkpoint", str(start), "--megasft-loss", objective)
+        return [*base_flags(folder), *begin, *weight, *layout.flags(num_layers=2)]
+
+    runs = added_gradients(LAYOUTS, ("turn", "token"), flags=flags, folder=folder)
+    assert len(runs) == 2 * len(LAYOUTS)
+    first = runs[0].vector
+    assert first.norm() > 0.1
+    for run in runs:
+        assert all(g.abs().sum() > 0 for name, g in run.gradients.items() if "mtp" in name)
+        assert relative(run.vector, first) < 2e-5, f"{run.layout.name}, {run.objective}"

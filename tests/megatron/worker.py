@@ -1,7 +1,6 @@
 """Runs the real training entry point several times in one process group; started by torchrun.
 
-Starting processes is what costs here, so one start serves many layouts. Megatron keeps its state in
-globals; ``destroy_global_state`` is its own way to forget them between runs.
+Starting processes is what costs here, so one start serves many layouts.
 
 Usage: torchrun --nproc-per-node N -m tests.megatron.worker RUNS.json, a list of lists of flags.
 """
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megasft.pretrain_sft import configure_logging, run
+from megasft.proof.worker import forget
 
 
 def main() -> None:
@@ -22,10 +22,7 @@ def main() -> None:
         # --exit-interval ends a run through sys.exit, as a scheduler's time limit would.
         with suppress(SystemExit):
             run(flags)
-        from megatron.training.training import destroy_global_state
-
-        torch.distributed.barrier()
-        destroy_global_state()
+        forget()
     torch.distributed.destroy_process_group()
 
 

@@ -126,7 +126,7 @@ def test_spans_of_every_share_equal_the_definition(
 
 @pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"reference"}))
 def test_what_is_kept_for_backward_is_linear_in_the_row(backend: str) -> None:
-    def kept_bytes(name: str, tokens: int) -> int:
+    def kept_bytes(name: str, tokens: int, window: int | None = None) -> int:
         row = RowLayout(borders=(0, tokens), cp_rank=0, cp_size=1, device=torch.device("cpu"))
         shapes = ((tokens, HEADS, 8), (tokens, GROUPS, 8), (tokens, GROUPS, 8))
         leaves = [torch.ones(shape, requires_grad=True) for shape in shapes]
@@ -137,11 +137,13 @@ def test_what_is_kept_for_backward_is_linear_in_the_row(backend: str) -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            out = BACKENDS[name](*leaves, row=row, scale=1.0, window=None, group=None)
+            out = BACKENDS[name](*leaves, row=row, scale=1.0, window=window, group=None)
         assert out.requires_grad
         return sum(sizes.values())
 
     sizes = [kept_bytes(backend, tokens) for tokens in (256, 512, 1024)]
     assert [b / a for a, b in pairwise(sizes)] == [2.0, 2.0]
+    windowed = [kept_bytes(backend, tokens, window=tokens // 4) for tokens in (512, 1024)]
+    assert windowed[1] <= 2 * windowed[0]
     quadratic = [kept_bytes("reference", tokens) for tokens in (256, 512)]
     assert quadratic[1] / quadratic[0] > 3, "the measure must see the reference's square"

@@ -45,3 +45,12 @@ def test_a_known_defect_makes_it_exit_1(tmp_path: Path, defect: str) -> None:
 def test_a_defect_that_cannot_show_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FlagError, match="raise --max-ranks to 2"):
         run(tmp_path, "--break", "cp-seam", "--layouts", "", "--max-ranks", "1")
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(FlagError, match="no CUDA device here"):
+        run(tmp_path, "--device", "cuda")
