@@ -11,7 +11,7 @@ venv: ## make .venv (once; needs Python >= 3.12 and 5 GB, about two minutes)
 check: venv ## format, lint, types, layers, file sizes and the fast tests (under 3 minutes)
 	@tools/check
 
-test: venv ## all tests, the real Megatron on CPUs included (under 15 minutes)
+test: venv ## all tests, the real Megatron on CPUs included (under 20 minutes)
 	@.venv/bin/python -m pytest
 
 demo: venv ## the quickstart: from text to an answering model, TP 2 x CP 2, then DP 2 x PP 2

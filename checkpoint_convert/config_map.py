@@ -116,14 +116,26 @@ def read_model(folder: Path) -> Model:
         raise ConversionError(f"{folder} has no config.json; give a Hugging Face model folder")
     written: dict[str, Any] = orjson.loads(path.read_bytes())
     family = _family(written, path)
+    _require_known(written, family, path)
+    return _map(written, _with_defaults(folder), family, path)
+
+
+def _with_defaults(folder: Path) -> dict[str, Any]:
+    """Return the configuration as transformers understands it."""
     # Imported here: conversion from Python should not pay for it before it is needed.
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    effective: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    try:
+        effective: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(
+            f"{folder / 'config.json'} is not what transformers expects: {reason}; mend the field"
+        ) from error
     if "num_local_experts" in effective:  # what release 5 calls num_experts in some classes
         effective.setdefault("num_experts", effective["num_local_experts"])
-    _require_known(written, family, path)
-    return _map(written, effective, family, path)
+    return effective
 
 
 def _family(config: Mapping[str, Any], path: Path) -> Family:

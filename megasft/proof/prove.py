@@ -96,7 +96,7 @@ def prove(
         for run, failure in _launch([r for r in runs if r.layout.ranks == ranks], settings):
             verdicts.append(judge(run, failure))
             done(verdicts[-1])
-    return verdicts
+    return sorted(verdicts, key=lambda v: (settings.families.index(v.family), v.ranks))
 
 
 def _plan(settings: Settings) -> list[tuple[str, Layout]]:

@@ -225,6 +225,7 @@ def test_groups_that_are_all_chosen_are_no_groups(tmp_path: Path) -> None:
         (DEEPSEEK_V3, {"n_shared_experts": 0}, "n_shared_experts is 0"),
         (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias is True"),
         (DEEPSEEK_V3, {"first_k_dense_replace": 5}, "no layer has experts"),
+        (DEEPSEEK_V3, {"kv_lora_rank": None}, "field 'kv_lora_rank'"),
         (
             DEEPSEEK_V3,
             {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}},
