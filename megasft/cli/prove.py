@@ -94,7 +94,7 @@ def prove(
     `--max-ranks`, and compares the loss, **every** gradient and the parameters after the step with
     plain Hugging Face in float64. Exit code 0 means that all of them are equal.
 
-    `megasft prove --max-ranks 2 --loss turn` takes a minute or two on a laptop, everything about thirteen.
+    `megasft prove --max-ranks 2 --loss turn` takes two minutes on a laptop, everything thirteen.
     """
     from rich.console import Console
 
