@@ -19,7 +19,6 @@ LAYOUTS = (
     Layout(2, ep=2, note="allgather", more=ALLGATHER_DISPATCH),
     Layout(2, tp=2, sp=True),
     Layout(2, cp=2, ep=2),
-    Layout(2, pp=2),
     Layout(4, tp=2, sp=True, cp=2, ep=2),
     Layout(4, pp=2, vp=2, ep=2),
 )

@@ -34,7 +34,7 @@ def test_it_holds_and_leaves_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("defect", ["cp-seam", "double-count", "per-row-mean", "token-divisor"])
 def test_a_known_defect_makes_it_exit_1(tmp_path: Path, defect: str) -> None:
-    code, output = run(tmp_path, "--break", defect, "--layouts", "CP 2, recompute")
+    code, output = run(tmp_path, "--break", defect)
 
     assert code == 1, output
     verdicts = json.loads((tmp_path / "proof.json").read_text())
