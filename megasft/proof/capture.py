@@ -43,6 +43,7 @@ def whole_tensors(chunks: list[Any], value_of: ValueOf) -> dict[str, torch.Tenso
 
 def _pieces(chunk: Any, value_of: ValueOf) -> Iterator[Piece]:
     """Yield this rank's pieces, without copies that another rank contributes."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (
         ShardedTensor,
         apply_factories,
@@ -57,9 +58,8 @@ def _pieces(chunk: Any, value_of: ValueOf) -> Iterator[Piece]:
     values = {p.data_ptr(): value_of(p) for p in model.parameters()}
     metadata = _build_sharded_state_dict_metadata(get_args())
     sharded, _ = extract_sharded_base(model.sharded_state_dict(metadata=metadata))
-    described = list(_leaves(sharded))
     kept = {}
-    for i, leaf in enumerate(described):
+    for i, leaf in enumerate(nested_values(sharded)):
         if isinstance(leaf.data, torch.Tensor) and leaf.data.data_ptr() in values:
             # Views of a parameter (tied embeddings on the last stage) keep their own shape.
             leaf.data = values[leaf.data.data_ptr()].view(leaf.data.shape)
@@ -67,20 +67,10 @@ def _pieces(chunk: Any, value_of: ValueOf) -> Iterator[Piece]:
                 leaf.dtype = leaf.data.dtype
             kept[i] = leaf
     apply_factories(kept)
-    for leaf in _leaves(kept):
+    for leaf in nested_values(kept):
         if is_main_replica(leaf.replica_id):
             data = leaf.data.detach().float().cpu().clone()
             yield Piece(leaf.key, leaf.global_shape, leaf.global_offset, data)
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        for branch in tree:
-            yield from _leaves(branch)
-    else:
-        yield tree
 
 
 def _join(pieces: list[Piece]) -> dict[str, torch.Tensor]:

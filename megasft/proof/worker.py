@@ -23,8 +23,6 @@ from megasft.pretrain_sft import run
 from megasft.proof.defects import DEFECTS, Defect
 from megasft.schema import SFTBatch
 
-STEPS = 2
-
 
 class Recorder:
     """Writes loss and gradients of the first step and the parameters after it; see ``Probe``.

@@ -32,15 +32,18 @@ def _finalize(args: Any, batches: GlobalBatches, probe: Probe | None) -> Callabl
     def finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **groups: Any) -> None:
         finalize_model_grads(model, num_tokens, **groups)
         assert num_tokens is not None, "--calculate-per-token-loss is checked before the start"
+        if args.megasft_no_audit and probe is None:
+            return
+        units = int(num_tokens.item())
         if not args.megasft_no_audit:
             audit(
                 step=args.curr_iteration + 1,
-                reduced=int(num_tokens.item()),
+                reduced=units,
                 batch=batches.now(args),
                 objective=args.megasft_loss,
             )
         if probe is not None:
-            probe.gradients(model, int(num_tokens.item()))
+            probe.gradients(model, units)
 
     return finalize
 
