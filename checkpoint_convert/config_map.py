@@ -97,10 +97,10 @@ class Model:
     def rules(self) -> tuple[Rule, ...]:
         """Every tensor of this model; with tied embeddings there is no output layer."""
         family = FAMILIES[self.family_name]
-        layers = family.layer_rules(num_experts=self.num_experts)
-        if not self.has_layer_axis:
-            dense = family.layer_rules(num_experts=0)
-            kinds = [layers if is_sparse else dense for is_sparse in self.is_sparse]
+        if self.has_layer_axis:
+            layers = family.layer_rules(is_sparse=any(self.is_sparse))
+        else:
+            kinds = [family.layer_rules(is_sparse=is_sparse) for is_sparse in self.is_sparse]
             layers = tuple(rule.at(i) for i, kind in enumerate(kinds) for rule in kind)
         return (*ENDS, *layers, *(() if self.is_tied else (OUTPUT,)))
 

@@ -80,13 +80,12 @@ def _sharded(tensors: Sequence[PlacedTensor], model: Model) -> dict[str, Any]:
     )
 
     shards: dict[str, list[Any]] = {}
-    for key, layer, data in tensors:
-        shard = (
-            ShardedTensor.from_rank_offsets(key, data)
-            if layer is None
-            else ShardedTensor.from_rank_offsets(key, data[None], (0, layer, model.num_layers))
+    for piece, data in tensors:
+        offsets = [(i, *at) for i, at in enumerate(zip(piece.place, piece.axes, strict=True))]
+        shard = ShardedTensor.from_rank_offsets(
+            piece.key, data[(None,) * len(piece.axes)], *offsets
         )
-        shards.setdefault(key, []).append(CheckpointableShardedTensor.from_sh_ten(shard))
+        shards.setdefault(piece.key, []).append(CheckpointableShardedTensor.from_sh_ten(shard))
     return {
         key: LocalShardsContainer(pieces) if len(pieces) > 1 else pieces[0]
         for key, pieces in shards.items()
@@ -126,16 +125,16 @@ def _extra_state_keys(model: Model) -> Iterator[str]:
     family = FAMILIES[model.family_name]
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     for layer in range(model.num_layers):
-        num_experts = model.num_experts if not model.is_sparse or model.is_sparse[layer] else 0
+        is_sparse = bool(model.is_sparse) and model.is_sparse[layer]
         if model.has_layer_axis:
             prefix, place, size = "decoder.layers", [layer], [model.num_layers]
         else:
             prefix, place, size = f"decoder.layers.{layer}", [], []
-        for module in family.layer_modules(num_experts=num_experts):
+        for module in family.layer_modules(is_sparse=is_sparse):
             shard = _shard(place or [0], size or [1])
             yield f"{prefix}.{module}._extra_state/{shard}"
-        for module, expert in product(ROUTED_MODULES, range(num_experts)):
-            shard = _shard([*place, expert], [*size, num_experts])
+        for module, expert in product(ROUTED_MODULES, range(model.num_experts if is_sparse else 0)):
+            shard = _shard([*place, expert], [*size, model.num_experts])
             yield f"{prefix}.{module}._extra_state/{shard}"
 
 

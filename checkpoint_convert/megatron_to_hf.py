@@ -73,7 +73,7 @@ def _rounded(
         for rule in model.rules
         if rule.is_buffer
         for layer in range(model.num_layers)
-        for name in rule.hf_names(layer)
+        for name in rule.hf_names(layer=layer)
     }
     return {name: t if name in kept else t.to(dtype) for name, t in tensors.items()}
 

@@ -37,13 +37,14 @@ class Rule:
     """One Megatron tensor and the Hugging Face tensors it is made of.
 
     Attributes:
-        megatron: Key in the checkpoint; a tensor that every layer has has the layer as its first
-            axis.
-        hf: Names in the Hugging Face folder, in the order ``join`` takes them; ``{layer}`` stands
-            for the layer's index.
+        megatron: Key in the checkpoint; a tensor that every layer, or every routed expert, has
+            has the layer, then the expert, as its first axes.
+        hf: Names in the Hugging Face folder, in the order ``join`` takes them; ``{layer}`` and
+            ``{expert}`` stand for indices.
         join: How the tensors become one.
         has_vocabulary_rows: The first axis is the vocabulary, which a run may have padded.
         is_buffer: Not trained by gradients, and kept in the dtype it is stored in.
+        layer: The layer of a tensor that only this layer has, ``at`` sets it.
     """
 
     megatron: str
@@ -51,23 +52,30 @@ class Rule:
     join: Join
     has_vocabulary_rows: bool = False
     is_buffer: bool = False
+    layer: int | None = None
 
     @property
     def is_per_layer(self) -> bool:
         """Whether every layer has its own tensor."""
         return "{layer}" in self.hf[0]
 
+    @property
+    def is_per_expert(self) -> bool:
+        """Whether every routed expert has its own tensor."""
+        return "{expert}" in self.hf[0]
+
     def at(self, layer: int) -> "Rule":
         """Return the rule of one layer alone, for a checkpoint without a layer axis."""
         return replace(
             self,
             megatron=self.megatron.replace("decoder.layers.", f"decoder.layers.{layer}.", 1),
-            hf=self.hf_names(layer),
+            hf=tuple(name.replace("{layer}", str(layer)) for name in self.hf),
+            layer=layer,
         )
 
-    def hf_names(self, layer: int) -> tuple[str, ...]:
-        """Return the Hugging Face names in one layer; any layer will do where there is none."""
-        return tuple(name.format(layer=layer) for name in self.hf)
+    def hf_names(self, *, layer: int = 0, expert: int = 0) -> tuple[str, ...]:
+        """Return the Hugging Face names of one layer's and one expert's tensors."""
+        return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
 
 
 def _merge_qkv(parts: Sequence[torch.Tensor], heads: Heads) -> torch.Tensor:
@@ -104,24 +112,6 @@ GATED: Final = Join(
     merge=lambda parts, _: torch.cat(tuple(parts)), split=lambda whole, _: tuple(whole.chunk(2))
 )
 """Gate, then up projection."""
-
-
-def for_each_expert(join: Join, num_parts: int) -> Join:
-    """Return the join of all experts: the expert is the first axis.
-
-    Args:
-        join: How the tensors of one expert become one.
-        num_parts: How many these are.
-    """
-
-    def merge(parts: Sequence[torch.Tensor], heads: Heads) -> torch.Tensor:
-        groups = (parts[i : i + num_parts] for i in range(0, len(parts), num_parts))
-        return torch.stack([join.merge(group, heads) for group in groups])
-
-    def split(whole: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
-        return tuple(part for one in whole for part in join.split(one, heads))
-
-    return Join(merge, split)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

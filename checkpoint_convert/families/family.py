@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from checkpoint_convert.rules import GATED, QKV, WHOLE, Join, Rule, for_each_expert
+from checkpoint_convert.rules import GATED, QKV, WHOLE, Join, Rule
 from megasft.errors import ConversionError
 
 Config = Mapping[str, Any]
@@ -48,17 +48,17 @@ def gated(megatron: str, hf: str) -> tuple[Rule, Rule]:
     )
 
 
-def routed(num_experts: int) -> tuple[Rule, Rule]:
-    """Return the rules of routed experts: one tensor of Megatron's holds all of them."""
-    names = [f"mlp.experts.{expert}" for expert in range(num_experts)]
-    first = [f"{n}.{part}.weight" for n in names for part in ("gate_proj", "up_proj")]
+def routed(gate: str, up: str, down: str) -> tuple[Rule, Rule]:
+    """Return the rules of routed experts from the names of one expert's tensors.
+
+    Args:
+        gate: Name in a layer, with ``{expert}`` for the expert's index.
+        up: Likewise.
+        down: Likewise.
+    """
     return (
-        in_layer("mlp.experts.experts.linear_fc1.weight", *first, join=for_each_expert(GATED, 2)),
-        in_layer(
-            "mlp.experts.experts.linear_fc2.weight",
-            *(f"{n}.down_proj.weight" for n in names),
-            join=for_each_expert(WHOLE, 1),
-        ),
+        in_layer("mlp.experts.experts.linear_fc1.weight", gate, up, join=GATED),
+        in_layer("mlp.experts.experts.linear_fc2.weight", down),
     )
 
 
@@ -102,6 +102,10 @@ DENSE_MLP: Final = (
 
 DENSE_MODULES: Final = ("mlp.linear_fc1", "mlp.linear_fc2")
 
+ROUTED: Final = routed(
+    *(f"mlp.experts.{{expert}}.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj"))
+)
+
 ROUTED_MODULES: Final = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 DERIVED_TENSORS: Final = (".rotary_emb.inv_freq",)
@@ -117,12 +121,14 @@ class Experts:
         rules: Router, norm and shared experts; routed experts apart.
         modules: Modules of such a layer whose ``_extra_state`` a run asks for, routed ones apart.
         is_sparse: Configuration and layer, counted from 0, to whether the layer has experts.
+        routed: Routed experts.
     """
 
     count: str
     rules: tuple[Rule, ...]
     modules: tuple[str, ...]
     is_sparse: Callable[[Config, int], bool]
+    routed: tuple[Rule, ...] = ROUTED
 
 
 def _no_flags(config: Config, path: Path) -> list[str]:
@@ -157,14 +163,14 @@ class Family:
     more_flags: Callable[[Config, Path], list[str]] = _no_flags
     experts: Experts | None = None
 
-    def layer_rules(self, *, num_experts: int) -> tuple[Rule, ...]:
-        """Return what a layer is made of; a dense one where there are no experts."""
-        if self.experts is None or not num_experts:
+    def layer_rules(self, *, is_sparse: bool) -> tuple[Rule, ...]:
+        """Return what a layer is made of, with experts or without."""
+        if self.experts is None or not is_sparse:
             return (*self.attention, *DENSE_MLP)
-        return (*self.attention, *self.experts.rules, *routed(num_experts))
+        return (*self.attention, *self.experts.rules, *self.experts.routed)
 
-    def layer_modules(self, *, num_experts: int) -> tuple[str, ...]:
+    def layer_modules(self, *, is_sparse: bool) -> tuple[str, ...]:
         """Return the stateless modules of a layer, routed experts apart."""
-        if self.experts is None or not num_experts:
+        if self.experts is None or not is_sparse:
             return (*self.modules, *DENSE_MODULES)
         return (*self.modules, *self.experts.modules)

@@ -194,10 +194,10 @@ def test_gradients_convert_like_weights(tmp_path: Path) -> None:
         model = read_model(hf)
         placed = to_megatron(weights(hf), model, verify=True)
         pieces: dict[str, list[torch.Tensor]] = {}
-        for key, _, data in placed:
-            pieces.setdefault(key, []).append(data.float())
-        whole = {rule.megatron: rule.is_per_layer for rule in model.rules}
-        stacked = {k: torch.stack(v) if whole[k] else v[0] for k, v in pieces.items()}
+        axes = {piece.key: piece.axes for piece, _ in placed}
+        for piece, data in placed:
+            pieces.setdefault(piece.key, []).append(data.float())
+        stacked = {k: torch.stack(v).view(*axes[k], *v[0].shape) for k, v in pieces.items()}
         found = to_hf(stacked, model, verify=False)
         assert {t.dtype for t in found.values()} == {torch.float32}
         assert all(torch.equal(found[key], t.float()) for key, t in weights(hf).items())

@@ -10,7 +10,6 @@ from checkpoint_convert.rules import (
     Heads,
     Join,
     Rule,
-    for_each_expert,
     merged,
     same_bits,
     split,
@@ -83,26 +82,20 @@ def test_equal_bits_tell_nan_from_nothing_and_zero_from_minus_zero() -> None:
 
 def test_a_rule_without_a_layer_has_one_name() -> None:
     rule = Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE)
-    assert not rule.is_per_layer and rule.hf_names(3) == ("model.norm.weight",)
-    assert RULE.is_per_layer and RULE.hf_names(3) == ("3.q", "3.k", "3.v")
-
-
-def test_experts_are_an_axis_and_each_has_its_gate_before_its_up() -> None:
-    rule = Rule("fc1", ("0.gate", "0.up", "1.gate", "1.up"), for_each_expert(GATED, 2))
-    parts = [torch.tensor([[float(value)]]) for value in (1, 2, 3, 4)]
-    whole = merged(rule, parts, HEADS, verify=True)
-    assert whole.tolist() == [[[1], [2]], [[3], [4]]]
-    assert [part.item() for part in split(rule, whole, HEADS, verify=True)] == [1, 2, 3, 4]
-
-
-def test_another_number_of_experts_than_the_tensor_has_is_an_error() -> None:
-    rule = Rule("fc2", ("0.down", "1.down"), for_each_expert(WHOLE, 1))
-    with pytest.raises(ConversionError, match=r"holds 3 tensors, and the configuration says 2"):
-        split(rule, torch.zeros(3, 1, 1), HEADS, verify=False)
+    assert not rule.is_per_layer and rule.hf_names(layer=3) == ("model.norm.weight",)
+    assert RULE.is_per_layer and RULE.hf_names(layer=3) == ("3.q", "3.k", "3.v")
 
 
 def test_the_rule_of_one_layer_names_it_on_both_sides() -> None:
     rule = Rule("decoder.layers.mlp.linear_fc2.weight", ("model.layers.{layer}.down",), WHOLE)
     one = rule.at(3)
     assert one.megatron == "decoder.layers.3.mlp.linear_fc2.weight"
-    assert one.hf == ("model.layers.3.down",) and not one.is_per_layer
+    assert one.hf == ("model.layers.3.down",) and not one.is_per_layer and one.layer == 3
+
+
+def test_the_rule_of_one_layer_still_has_an_expert_axis() -> None:
+    rule = Rule(
+        "decoder.layers.experts.fc2", ("model.layers.{layer}.experts.{expert}.down",), WHOLE
+    )
+    assert rule.is_per_expert and rule.at(1).is_per_expert
+    assert rule.at(1).hf_names(expert=4) == ("model.layers.1.experts.4.down",)
