@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from checkpoint_convert.team import ALONE, Team
 from megasft.errors import MegasftError
 
 
@@ -70,10 +71,17 @@ def show(report: Report) -> None:
         console.print(" ".join(report.flags), markup=False)
 
 
-def exit_code(conversion: Callable[[], Report]) -> int:
-    """Run a conversion and print its report; a user's fault is one message and exit code 1."""
+def exit_code(conversion: Callable[[], Report], team: Team = ALONE) -> int:
+    """Run a conversion and print its report; a user's fault is one message and exit code 1.
+
+    Args:
+        conversion: What every process of the team runs.
+        team: Only its first process prints a report; any prints its fault.
+    """
     try:
-        show(conversion())
+        report = conversion()
+        if team.leads:
+            show(report)
     except MegasftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ The way back writes the names per expert, which every reader of these families t
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -16,38 +16,57 @@ GATE_AND_UP: Final = "gate_up_proj"
 DOWN: Final = "down_proj"
 
 
-def taken_apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors with every expert under its own name; views, not copies.
+class Part(NamedTuple):
+    """A tensor under the name that rules use, and where it lies.
+
+    Attributes:
+        stored_name: The tensor it is a part of, or itself.
+        place: Its index in that tensor; None for the whole of it.
+    """
+
+    name: str
+    stored_name: str
+    place: tuple[int, slice] | int | None
+    shape: torch.Size
+
+
+def parts(name: str, shape: torch.Size) -> list[Part]:
+    """Return the tensors that a stored one holds: of fused experts each, else itself.
 
     Args:
-        tensors: By Hugging Face name; ``...experts.gate_up_proj`` is [experts, 2 * size, hidden],
-            gate before up, and ``...experts.down_proj`` is [experts, hidden, size].
-
-    Raises:
-        ConversionError: A folder holds one tensor in both forms.
+        name: ``...experts.gate_up_proj`` is [experts, 2 * size, hidden], gate before up, and
+            ``...experts.down_proj`` is [experts, hidden, size].
+        shape: Of the stored tensor.
     """
-    result: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        for part_name, part in _parts(name, tensor):
-            if part_name in result:
-                raise ConversionError(
-                    f"{part_name} is there twice, by itself and in one tensor of all experts; keep "
-                    "one of them"
-                )
-            result[part_name] = part
-    return result
-
-
-def _parts(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     owner, _, part = name.rpartition(".")
     if not owner.endswith(".experts") or part not in (GATE_AND_UP, DOWN):
-        return [(name, tensor)]
+        return [Part(name, name, None, shape)]
     found = []
-    for i, one in enumerate(tensor):
+    for i in range(shape[0]):
+        one = f"{owner}.{i}"
         if part == DOWN:
-            found.append((f"{owner}.{i}.down_proj.weight", one))
+            found.append(Part(f"{one}.down_proj.weight", name, i, shape[1:]))
             continue
-        gate, up = one.chunk(2)
-        found.append((f"{owner}.{i}.gate_proj.weight", gate))
-        found.append((f"{owner}.{i}.up_proj.weight", up))
+        size = shape[1] // 2
+        half = torch.Size((size, *shape[2:]))
+        found.append(Part(f"{one}.gate_proj.weight", name, (i, slice(0, size)), half))
+        found.append(Part(f"{one}.up_proj.weight", name, (i, slice(size, 2 * size)), half))
     return found
+
+
+def taken_apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors in memory with every expert under its own name; views, not copies.
+
+    Raises:
+        ConversionError: One is there in both forms.
+    """
+    result: dict[str, torch.Tensor] = {}
+    for stored_name, tensor in tensors.items():
+        for part in parts(stored_name, tensor.shape):
+            if part.name in result:
+                raise ConversionError(
+                    f"{part.name} is there twice, by itself and in one tensor of all experts; keep "
+                    "one of them"
+                )
+            result[part.name] = tensor if part.place is None else tensor[part.place]
+    return result

@@ -1,15 +1,11 @@
-"""A Hugging Face model folder: its tensors, and everything in it that is not weights."""
+"""A Hugging Face model folder: everything in it that is not weights."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import orjson
 import torch
-from safetensors.torch import load_file, save_file
-
-from megasft.errors import ConversionError
 
 WEIGHT_ENDINGS: Final = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
@@ -27,56 +23,25 @@ TOKENIZER_FILES: Final = frozenset(
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Map every tensor of a folder's safetensors into memory; pages are read when used.
-
-    Raises:
-        ConversionError: There are none, a shard is missing, or two files hold the same name.
-    """
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ConversionError(
-            f"{folder} has no *.safetensors; load the model with transformers and write it again "
-            "with save_pretrained()"
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(orjson.loads(index.read_bytes())["weight_map"].values())
-        missing = sorted(named - {path.name for path in paths})
-        if missing:
-            raise ConversionError(
-                f"{index} names {', '.join(missing)}, which the folder lacks; download it again"
-            )
-        paths = [path for path in paths if path.name in named]
-    tensors: dict[str, torch.Tensor] = {}
-    for path in paths:
-        shard = load_file(path)
-        twice = sorted(shard.keys() & tensors.keys())
-        if twice:
-            raise ConversionError(f"{path} repeats {twice[0]}; keep one set of weights in {folder}")
-        tensors.update(shard)
-    return tensors
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write ``model.safetensors`` as transformers does."""
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy configuration, tokenizer, chat templates and licence; return their names in order."""
-    target.mkdir(parents=True, exist_ok=True)
-    names = sorted(
+def side_files(folder: Path) -> list[str]:
+    """Return the names of what is not weights: configuration, tokenizer, templates, licence."""
+    return sorted(
         path.name
-        for path in source.iterdir()
+        for path in folder.iterdir()
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith(WEIGHT_ENDINGS)
     )
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy what is not weights; return the names in order."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = side_files(source)
     for name in names:
         shutil.copyfile(source / name, target / name)
     if (source / TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(source / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER)
+        shutil.copytree(source / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER, dirs_exist_ok=True)
     return names
 
 

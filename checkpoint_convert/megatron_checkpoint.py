@@ -1,35 +1,26 @@
-"""A Megatron ``torch_dist`` checkpoint: write one from whole tensors, read the model's out of one.
+"""Reads a Megatron ``torch_dist`` checkpoint, piece by piece.
 
-Tensors are written as global tensors, in the layout that ``GPTModel.sharded_state_dict()`` asks
-for: when layers are alike the layer is the first axis, one chunk each; when some are dense and
-others have experts, every layer has keys of its own. Nothing in it depends on a parallel layout, so
-any run loads it at its own. A run pads the vocabulary of what it loads with rows of zeros; see
-``config_map`` for why ours does not.
-
-Writing goes through torch's checkpoint writer with Megatron's planner and tensor classes, not
-through ``dist_checkpointing.save``. That starts a helper process that imports ``__main__`` again,
-calls ``torch.cuda.synchronize`` and needs a process group; a conversion has no use for any of them.
-The price is that ``metadata.json`` and ``common_state`` are written here; the test that loads a
-converted checkpoint into Megatron's model, through ``dist_checkpointing.load``, holds it together.
+Whatever layout a run had, its checkpoint holds global tensors: where layers are alike the layer is
+the first axis, and routed experts are the next. A piece is read by torch's checkpoint loader, which
+puts it together from what the ranks wrote. The optimizer's state, many times as large, stays on
+disk.
 """
 
-import io
 import warnings
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from checkpoint_convert.config_map import Model
-from checkpoint_convert.families import FAMILIES, ROUTED_MODULES
-from checkpoint_convert.tensor_map import PlacedTensor
+from checkpoint_convert.pieces import Piece
 from megasft.compat import require_megatron
 from megasft.errors import ConversionError
 
@@ -37,115 +28,6 @@ TRACKER: Final = "latest_checkpointed_iteration.txt"
 RELEASE: Final = "release"
 """What Megatron calls a checkpoint that no iteration has made: it starts at 0, without optimizer
 and without random state, whether given as ``--pretrained-checkpoint`` or as ``--load``."""
-
-CONTENT_METADATA: Final = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-"""What Megatron 0.19.2 saves for a model. The loading run builds its own keys from it, and these
-values mean a layer axis instead of a key per layer, where layers are alike: the form that loads at
-any pipeline size."""
-
-
-def write(folder: Path, tensors: Sequence[PlacedTensor], model: Model) -> None:
-    """Write a checkpoint with its tracker file.
-
-    Args:
-        folder: Exists; what ``--pretrained-checkpoint`` will name.
-        tensors: All of the model's.
-        model: Sizes, for the layer axis and the arguments Megatron compares.
-    """
-    require_megatron()
-    release = folder / RELEASE
-    release.mkdir()
-    with warnings.catch_warnings():
-        # That Apex is absent, and that one process is not a distributed run.
-        warnings.simplefilter("ignore")
-        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-        from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
-
-        save(
-            {**_sharded(tensors, model), **_objects(model)},
-            storage_writer=FileSystemWriter(release),
-            planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
-    # Megatron takes a folder for a checkpoint by this file, so it is written last.
-    save_config(CheckpointingConfig("torch_dist", 1), str(release))
-    (folder / TRACKER).write_text(RELEASE)
-
-
-def _sharded(tensors: Sequence[PlacedTensor], model: Model) -> dict[str, Any]:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.dist_checkpointing.strategies.checkpointable import (
-        CheckpointableShardedTensor,
-        LocalShardsContainer,
-    )
-
-    shards: dict[str, list[Any]] = {}
-    for piece, data in tensors:
-        offsets = [(i, *at) for i, at in enumerate(zip(piece.place, piece.axes, strict=True))]
-        shard = ShardedTensor.from_rank_offsets(
-            piece.key, data[(None,) * len(piece.axes)], *offsets
-        )
-        shards.setdefault(piece.key, []).append(CheckpointableShardedTensor.from_sh_ten(shard))
-    return {
-        key: LocalShardsContainer(pieces) if len(pieces) > 1 else pieces[0]
-        for key, pieces in shards.items()
-    }
-
-
-def _objects(model: Model) -> dict[str, io.BytesIO]:
-    """Return what is not a tensor: the common state, and the modules' empty extra states.
-
-    Both layer specs ask for an extra state per module and fail without. It holds FP8 scales, so
-    there is none here, and every module takes None for an answer.
-    """
-    arguments = Namespace(
-        # Compared by Megatron when the checkpoint is given as --load.
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.heads.num_heads,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        no_save_optim=True,
-        no_save_rng=True,
-    )
-    common = {
-        "args": arguments,
-        # Below 2.0, which is what an absent version means, Megatron would reorder linear_qkv.
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": CONTENT_METADATA,
-    }
-    objects: dict[str, Any] = {"common_state/shard_0_1": common}
-    objects |= dict.fromkeys(_extra_state_keys(model))
-    return {key: _packed(value) for key, value in objects.items()}
-
-
-def _extra_state_keys(model: Model) -> Iterator[str]:
-    """Yield the names of the modules' extra states: ``.../shard_<place>_<size>`` by axis."""
-    family = FAMILIES[model.family_name]
-    yield "decoder.final_layernorm._extra_state/shard_0_1"
-    for layer in range(model.num_layers):
-        is_sparse = bool(model.is_sparse) and model.is_sparse[layer]
-        if model.has_layer_axis:
-            prefix, place, size = "decoder.layers", [layer], [model.num_layers]
-        else:
-            prefix, place, size = f"decoder.layers.{layer}", [], []
-        for module in family.layer_modules(is_sparse=is_sparse):
-            shard = _shard(place or [0], size or [1])
-            yield f"{prefix}.{module}._extra_state/{shard}"
-        for module, expert in product(ROUTED_MODULES, range(model.num_experts if is_sparse else 0)):
-            shard = _shard([*place, expert], [*size, model.num_experts])
-            yield f"{prefix}.{module}._extra_state/{shard}"
-
-
-def _shard(place: list[int], size: list[int]) -> str:
-    return f"shard_{'.'.join(map(str, place))}_{'.'.join(map(str, size))}"
-
-
-def _packed(value: Any) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save([value], buffer)
-    return buffer
 
 
 def find_iteration(checkpoint: Path, *, iteration: int | None) -> Path:
@@ -179,26 +61,134 @@ def find_iteration(checkpoint: Path, *, iteration: int | None) -> Path:
     return folder
 
 
-def read_model_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a checkpoint but the optimizer's, as whole tensors on the CPU.
+class PieceReader:
+    """A checkpoint's model, read piece by piece as whole tensors on the CPU.
 
-    Args:
-        folder: One iteration, as ``find_iteration`` returns it.
+    Attributes:
+        keys: Names of the model's tensors; the optimizer's are left out.
+
+    Example:
+        >>> reader = PieceReader(find_iteration(Path("run"), iteration=None))
+        >>> reader.read(pieces(model)[0]).shape
+        torch.Size([151936, 1024])
     """
-    require_megatron()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # The metadata file may name classes of Megatron's.
-        import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
 
-        reader = FileSystemReader(folder)
-        tensors = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in reader.read_metadata().state_dict_metadata.items()
+    def __init__(self, folder: Path) -> None:
+        """Read the metadata.
+
+        Args:
+            folder: One iteration, as ``find_iteration`` returns it.
+
+        Raises:
+            ConversionError: The metadata cannot be read, or a file it names is missing or cut off.
+        """
+        require_megatron()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The metadata file may name classes of Megatron's.
+            import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
+        self._reader = _Narrowed(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # whatever a broken pickle raises
+            raise ConversionError(
+                f"{folder / '.metadata'} cannot be read ({error!r}); take another --iteration"
+            ) from error
+        _require_files(folder, self._metadata)
+        self._entries = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not _is_training_state(key)
         }
-        load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
+        self._indexed: set[tuple[str, int]] = set()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the model's tensors."""
+        return tuple(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a global tensor, leading axes included."""
+        return tuple(self._entries[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self._entries[key].properties.dtype
+
+    def meta(self, piece: Piece) -> torch.Tensor:
+        """Return a piece without content, on torch's meta device."""
+        shape = self.shape(piece.key)[len(piece.axes) :]
+        return torch.empty(shape, dtype=self.dtype(piece.key), device="meta")
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """Read one piece, without the leading axes."""
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+        from megatron.core.dist_checkpointing.strategies.checkpointable import (
+            CheckpointableShardedTensor,
+        )
+
+        entry = self._entries[piece.key]
+        num_axes = len(piece.axes)
+        shape = (*(1 for _ in piece.axes), *entry.size[num_axes:])
+        data = torch.empty(shape, dtype=entry.properties.dtype)
+        offsets = [(i, *at) for i, at in enumerate(zip(piece.place, piece.axes, strict=True))]
+        shard = ShardedTensor.from_rank_offsets(piece.key, data, *offsets)
+        self._reader.narrow(
+            Metadata(
+                {
+                    piece.key: TensorStorageMetadata(
+                        entry.properties, entry.size, self._chunks_at(piece)
+                    )
+                },
+                storage_data=self._metadata.storage_data,
+            )
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process is not a distributed run
+            load(
+                {piece.key: CheckpointableShardedTensor.from_sh_ten(shard)},
+                storage_reader=self._reader,
+                no_dist=True,
+            )
+        return data[(0,) * num_axes]
+
+    def _chunks_at(self, piece: Piece) -> list[ChunkStorageMetadata]:
+        """Return the chunks with content of a piece; torch would look through all of a tensor's."""
+        num_axes = len(piece.axes)
+        if (piece.key, num_axes) not in self._indexed:
+            self._indexed.add((piece.key, num_axes))
+            for chunk in self._entries[piece.key].chunks:
+                ranges = zip(chunk.offsets[:num_axes], chunk.sizes[:num_axes], strict=True)
+                for place in product(*(range(start, start + size) for start, size in ranges)):
+                    self._chunks.setdefault((piece.key, place), []).append(chunk)
+        return self._chunks.get((piece.key, piece.place), [])
+
+
+class _Narrowed(FileSystemReader):
+    """Torch's reader, with the metadata of one piece in place of the checkpoint's."""
+
+    narrowed: Metadata | None = None
+
+    def narrow(self, metadata: Metadata) -> None:
+        self.narrowed = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.narrowed or super().read_metadata(*args, **kwargs)
+
+
+def _require_files(folder: Path, metadata: Metadata) -> None:
+    ends: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size < end:
+            fact = "is missing" if size is None else f"has {size:,} of {end:,} bytes"
+            raise ConversionError(
+                f"{path} {fact}; copy the checkpoint again, or take another --iteration"
+            )
 
 
 def _is_training_state(key: str) -> bool:

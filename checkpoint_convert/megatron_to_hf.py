@@ -4,20 +4,35 @@
 Only the model's tensors are read; the optimizer's, many times as large, stay on disk. Configuration
 and tokenizer come from ``--like``: the converted checkpoint training started from, or the Hugging
 Face folder itself. A checkpoint made by ``hf_to_megatron`` brings its own.
+
+Under ``torchrun --nproc-per-node N`` the shards are shared out over N processes; an interrupted
+conversion keeps the shards that are whole.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from checkpoint_convert import hf_folder, megatron_checkpoint, tensor_map
+from checkpoint_convert import hf_folder, hf_shards, megatron_checkpoint
 from checkpoint_convert.cli import Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, parse_dtype, read_model
-from checkpoint_convert.hf_to_megatron import SIDE_FOLDER
-from checkpoint_convert.output_folder import require_free, whole_folder
+from checkpoint_convert.hf_to_megatron import FORMAT, SIDE_FOLDER
+from checkpoint_convert.megatron_checkpoint import PieceReader
+from checkpoint_convert.output_folder import (
+    describe_files,
+    require_free,
+    require_space,
+    resumable_folder,
+)
+from checkpoint_convert.pieces import Piece, pieces
+from checkpoint_convert.progress import progress_bar
+from checkpoint_convert.team import ALONE, Team, joined
+from checkpoint_convert.tensor_map import require_axes, require_keys, split_piece
 from megasft.errors import ConversionError
 
 
@@ -28,8 +43,10 @@ def convert(
     like: Path | None = None,
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_bytes: int = hf_shards.MAX_SHARD_BYTES,
     verify: bool = True,
     overwrite: bool = False,
+    team: Team = ALONE,
 ) -> Report:
     """Convert one iteration of a checkpoint.
 
@@ -39,8 +56,10 @@ def convert(
         like: Where configuration and tokenizer come from; default: the checkpoint itself.
         iteration: Default: the latest.
         dtype: Default: what the configuration says, or the checkpoint's own where it says nothing.
+        max_shard_bytes: Of one safetensors file.
         verify: Map every tensor back and compare bitwise, before the dtype changes.
         overwrite: Replace an earlier conversion.
+        team: The processes that share the work; all of them call this.
 
     Raises:
         ConversionError: The checkpoint is not whole, or is not the model of the configuration.
@@ -51,49 +70,107 @@ def convert(
     require_free(output, overwrite=overwrite, marker="config.json")
     model = read_model(side)
     source = megatron_checkpoint.find_iteration(checkpoint, iteration=iteration)
-    stored = megatron_checkpoint.read_model_tensors(source)
-    tensors = tensor_map.to_hf(stored, model, verify=verify)
+    reader = PieceReader(source)
+    require_keys(reader.keys, model)
     target_dtype = dtype or model.dtype
-    if target_dtype is not None:
-        tensors = _rounded(tensors, model, target_dtype)
-    with whole_folder(output) as folder:
-        hf_folder.write_tensors(tensors, folder)
-        hf_folder.copy_side_files(side, folder)
-        if dtype is not None:
-            hf_folder.set_dtype(folder, dtype)
-    return _report(stored, tensors, model, source=source, output=output, is_verified=verify)
+    plan = _Plan.make(reader, model, target_dtype, max_shard_bytes)
+    with resumable_folder(output, plan.source(source, side), team) as folder:
+        names = hf_shards.shard_names(len(plan.shards))
+        left = [i for i, name in enumerate(names) if not (folder / name).is_file()]
+        require_space(output, sum(map(plan.shard_bytes, left)))
+        team.wait()  # until all have looked at what is left
+        mine = team.share(left)
+        with progress_bar("converting", sum(map(plan.shard_bytes, mine)), team) as advance:
+            for shard in mine:
+                with hf_shards.ShardWriter(folder / names[shard], plan.shard_metas(shard)) as file:
+                    for i in plan.shards[shard]:
+                        piece, metas = plan.pieces[i]
+                        parts = split_piece(piece, reader.read(piece), model, verify=verify)
+                        for name, tensor in parts.items():
+                            file.write(name, tensor.to(metas[name].dtype))
+                            advance(metas[name].nbytes)
+        team.wait()
+        if team.leads:
+            hf_shards.write_index(folder, [plan.shard_metas(i) for i in range(len(plan.shards))])
+            hf_folder.copy_side_files(side, folder)
+            if dtype is not None:
+                hf_folder.set_dtype(folder, dtype)
+    return _report(reader, plan, model, source=source, output=output, is_verified=verify)
 
 
-def _rounded(
-    tensors: Mapping[str, torch.Tensor], model: Model, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Give parameters a dtype; what steers routing is float32 in a bfloat16 model, too."""
-    kept = {
-        name
-        for rule in model.rules
-        if rule.is_buffer
-        for layer in range(model.num_layers)
-        for name in rule.hf_names(layer=layer)
-    }
-    return {name: t if name in kept else t.to(dtype) for name, t in tensors.items()}
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What goes where, known before anything is read.
+
+    Attributes:
+        pieces: And the tensors without content that each becomes, by Hugging Face name.
+        shards: Indices of ``pieces``.
+    """
+
+    pieces: list[tuple[Piece, dict[str, torch.Tensor]]]
+    shards: list[list[int]]
+
+    @classmethod
+    def make(
+        cls, reader: PieceReader, model: Model, dtype: torch.dtype | None, max_shard_bytes: int
+    ) -> "_Plan":
+        found = []
+        for piece in pieces(model):
+            require_axes(piece, reader.shape(piece.key), model)
+            parts = _split_meta(piece, reader, model)
+            # What steers routing is float32 in a bfloat16 model, too.
+            wanted = None if piece.rule.is_buffer else dtype
+            found.append((piece, {n: t.to(wanted or t.dtype) for n, t in parts.items()}))
+        groups = [[(name, meta.nbytes) for name, meta in metas.items()] for _, metas in found]
+        return cls(found, hf_shards.plan_shards(groups, max_bytes=max_shard_bytes))
+
+    def shard_metas(self, shard: int) -> dict[str, torch.Tensor]:
+        return {n: meta for i in self.shards[shard] for n, meta in self.pieces[i][1].items()}
+
+    def shard_bytes(self, shard: int) -> int:
+        return sum(meta.nbytes for meta in self.shard_metas(shard).values())
+
+    def source(self, iteration: Path, side: Path) -> dict[str, object]:
+        """Return what a half-written conversion must have been made from to be gone on with."""
+        side_files = [side / name for name in hf_folder.side_files(side)]
+        metas = {n: str(meta.dtype) for _, parts in self.pieces for n, meta in parts.items()}
+        return {
+            "format": FORMAT,
+            "files": describe_files([*iteration.iterdir(), *side_files]),
+            "dtypes": metas,
+            "shards": self.shards,
+            "versions": {name: version(name) for name in ("torch", "megatron-core", "megasft")},
+        }
+
+
+def _split_meta(piece: Piece, reader: PieceReader, model: Model) -> dict[str, torch.Tensor]:
+    """Return what a piece becomes, without content, after its rule has been tried on the shape."""
+    try:
+        return split_piece(piece, reader.meta(piece), model, verify=False)
+    except RuntimeError as error:
+        raise ConversionError(
+            f"{piece.name} of shape {tuple(reader.meta(piece).shape)} does not come apart "
+            f"({error}); give the configuration of this checkpoint (--like)"
+        ) from error
 
 
 def _report(
-    stored: Mapping[str, torch.Tensor],
-    written: Mapping[str, torch.Tensor],
+    reader: PieceReader,
+    plan: _Plan,
     model: Model,
     *,
     source: Path,
     output: Path,
     is_verified: bool,
 ) -> Report:
+    written = {n: meta for _, metas in plan.pieces for n, meta in metas.items()}
     return Report(
         source=source,
         output=output,
         family_name=model.family_name,
-        dtypes=_dtypes(stored, written),
+        dtypes=_dtypes([reader.dtype(key) for key in reader.keys], written),
         num_hf_tensors=len(written),
-        num_megatron_tensors=len(stored),
+        num_megatron_tensors=len(reader.keys),
         num_parameters=sum(tensor.numel() for tensor in written.values()),
         num_bytes=sum(tensor.nbytes for tensor in written.values()),
         is_verified=is_verified,
@@ -116,10 +193,10 @@ def side_folder(like: Path | None, *, checkpoint: Path) -> Path:
     )
 
 
-def _dtypes(stored: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor]) -> str:
+def _dtypes(stored: Sequence[torch.dtype], written: Mapping[str, torch.Tensor]) -> str:
     before, after = (
-        " ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
-        for tensors in (stored, written)
+        " ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+        for dtypes in (stored, [tensor.dtype for tensor in written.values()])
     )
     return after if before == after else f"{after}, rounded from {before}"
 
@@ -143,19 +220,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(default: the checkpoint itself)",
     )
     parser.add_argument("--dtype", help="default: what config.json says")
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=hf_shards.MAX_SHARD_BYTES / 1e9,
+        metavar="GB",
+        help="of one safetensors file (default: %(default)g)",
+    )
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
-    return exit_code(
-        lambda: convert(
-            args.checkpoint,
-            args.output,
-            like=args.like,
-            iteration=args.iteration,
-            dtype=parse_dtype(args.dtype, source="--dtype") if args.dtype else None,
-            verify=not args.no_verify,
-            overwrite=args.overwrite,
+    with joined() as team:
+        return exit_code(
+            lambda: convert(
+                args.checkpoint,
+                args.output,
+                like=args.like,
+                iteration=args.iteration,
+                dtype=parse_dtype(args.dtype, source="--dtype") if args.dtype else None,
+                max_shard_bytes=int(args.max_shard_size * 1e9),
+                verify=not args.no_verify,
+                overwrite=args.overwrite,
+                team=team,
+            ),
+            team,
         )
-    )
 
 
 if __name__ == "__main__":

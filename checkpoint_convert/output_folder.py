@@ -1,12 +1,26 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and is gone on with when its writer died.
 
+It is written beside the output as ``.NAME.partial``, with a file that says what it is made from. A
+conversion of the same source goes on where the last one ended; one of another source, or by other
+versions, starts over. The rename at the end is the only step that others see.
+"""
+
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, Final
 
+import orjson
+
+from checkpoint_convert.team import Team
 from megasft.errors import ConversionError
+
+SOURCE_FILE: Final = "source.json"
+SLACK_BYTES: Final = 64 * 2**20
+"""For what is beside the tensors: tokenizer, metadata."""
 
 
 def require_free(output: Path, *, overwrite: bool, marker: str) -> None:
@@ -37,21 +51,93 @@ def require_free(output: Path, *, overwrite: bool, marker: str) -> None:
         )
 
 
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``output``, and rename it to ``output`` at the end.
+def describe_files(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Return sizes and modification times (ns), by which a changed source is told."""
+    return {
+        str(path.resolve()): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files
+    }
 
-    When the body raises, the temporary folder is removed and what was there before stays.
+
+def require_space(output: Path, num_bytes: int) -> None:
+    """Check that the disk has room for what is still to be written.
+
+    Raises:
+        ConversionError: It has not.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes + SLACK_BYTES:
+        raise ConversionError(
+            f"{output} takes {num_bytes / 1e9:,.2f} GB more, and the disk has {free / 1e9:,.2f} GB "
+            "free; free some, or choose another --output"
+        )
+
+
+@contextmanager
+def resumable_folder(output: Path, source: Mapping[str, Any], team: Team) -> Iterator[Path]:
+    """Give the temporary folder beside ``output``, and rename it to ``output`` at the end.
+
+    When the body raises, or the process is killed, the folder stays for the next attempt.
+
+    Args:
+        output: Where the folder shall be.
+        source: What it is made from, JSON; a temporary folder made from anything else is removed.
+        team: Its first process makes the folder and renames it.
+
+    Raises:
+        ConversionError: Another conversion is writing there, or the disk is full.
+    """
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        yield partial
-        _put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if team.leads:
+            partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial, output) if team.leads else nullcontext():
+            if team.leads:
+                _prepare(partial, source)
+            team.wait()
+            yield partial
+            team.wait()
+            if team.leads:
+                (partial / SOURCE_FILE).unlink()
+                _put_in_place(partial, output)
+            team.wait()
+    except OSError as error:
+        raise ConversionError(
+            f"{error.filename or partial}: {error.strerror or error}; nothing is at {output}. The "
+            f"same command goes on from {partial}, which you may also remove"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """Hold a lock that the system lets go when the process dies, however it dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConversionError(
+                f"another conversion is writing {output}; wait for it, or choose another --output"
+            ) from error
+        except OSError:  # file systems that lock no folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(partial: Path, source: Mapping[str, Any]) -> None:
+    wanted = orjson.dumps(source, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    path = partial / SOURCE_FILE
+    if path.is_file() and path.read_bytes() == wanted:
+        return
+    for entry in partial.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(wanted)
+    temporary.rename(path)
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

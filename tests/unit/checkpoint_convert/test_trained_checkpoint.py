@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
-from checkpoint_convert.config_map import read_model
-from checkpoint_convert.megatron_checkpoint import find_iteration, read_model_tensors
+from checkpoint_convert.config_map import Model, read_model
+from checkpoint_convert.megatron_checkpoint import PieceReader, find_iteration
+from checkpoint_convert.pieces import pieces
 from checkpoint_convert.rules import same_bits
 from checkpoint_convert.tensor_map import to_hf
 from megasft.errors import ConversionError
@@ -73,9 +74,17 @@ def test_another_models_configuration_is_refused(trained: Path, tmp_path: Path) 
             megatron_to_hf.convert(trained, tmp_path / "back", like=like)
 
 
+def whole_tensors(folder: Path, model: Model) -> dict[str, torch.Tensor]:
+    reader = PieceReader(folder)
+    tensors = {key: torch.empty(reader.shape(key), dtype=reader.dtype(key)) for key in reader.keys}
+    for piece in pieces(model):
+        tensors[piece.key][piece.place] = reader.read(piece)
+    return tensors
+
+
 def test_padded_vocabulary_rows_are_cut_off(trained: Path, tmp_path: Path) -> None:
     model = read_model(tmp_path / "hf")
-    tensors = read_model_tensors(trained / "iter_0000010")
+    tensors = whole_tensors(trained / "iter_0000010", model)
     wanted = to_hf(tensors, model, verify=True)
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[key] = torch.cat([tensors[key], torch.ones(30, 32)])
