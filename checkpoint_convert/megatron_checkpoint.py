@@ -30,6 +30,18 @@ RELEASE: Final = "release"
 and without random state, whether given as ``--pretrained-checkpoint`` or as ``--load``."""
 
 
+def import_megatron() -> None:
+    """Import Megatron's checkpointing without its warnings, that Apex is absent for one.
+
+    Raises:
+        MissingPackageError: Megatron is missing, or of another release.
+    """
+    require_megatron()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
+
+
 def find_iteration(checkpoint: Path, *, iteration: int | None) -> Path:
     """Return the folder of one iteration, the latest when none is named.
 
@@ -82,11 +94,7 @@ class PieceReader:
         Raises:
             ConversionError: The metadata cannot be read, or a file it names is missing or cut off.
         """
-        require_megatron()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # The metadata file may name classes of Megatron's.
-            import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
+        import_megatron()  # the metadata file may name its classes
         self._reader = _Narrowed(folder)
         try:
             self._metadata = self._reader.read_metadata()

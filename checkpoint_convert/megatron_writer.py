@@ -20,7 +20,6 @@ written here; the test that loads a converted checkpoint into Megatron's model, 
 import io
 import os
 import pickle
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
@@ -35,9 +35,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoint_convert.config_map import Model
 from checkpoint_convert.families import FAMILIES, ROUTED_MODULES
-from checkpoint_convert.megatron_checkpoint import RELEASE, TRACKER
+from checkpoint_convert.megatron_checkpoint import RELEASE, TRACKER, import_megatron
 from checkpoint_convert.pieces import Piece
-from megasft.compat import require_megatron
 
 UNIT_BYTES: Final = 256 * 2**20
 """Of one unit, unless a single piece is larger: what an interruption costs."""
@@ -83,7 +82,7 @@ class CheckpointWriter:
             metas: Every piece, and a tensor of its shape and dtype without content.
             model: Sizes, for the arguments Megatron compares.
         """
-        require_megatron()
+        import_megatron()
         self._folder = folder
         self._release = folder / RELEASE
         self._receipts = folder / "receipts"
@@ -133,7 +132,11 @@ class CheckpointWriter:
         planner = _planner()
         planner.resolve_data = lambda item: self._content(item, make)
         writer = FileSystemWriter(self._release, per_thread_copy_ahead=0)
-        results: list[WriteResult] = writer.write_data(self._plans[unit], planner).wait()
+        try:
+            results: list[WriteResult] = writer.write_data(self._plans[unit], planner).wait()
+        except RuntimeError as error:
+            # What torch makes of a full disk.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         temporary = self._receipt(unit).with_suffix(".partial")
         with temporary.open("wb") as file:
             pickle.dump(results, file)
@@ -144,11 +147,9 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Make the checkpoint whole, when every unit is written; one process does."""
         results = [pickle.loads(self._receipt(unit).read_bytes()) for unit in range(self.num_units)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-            FileSystemWriter(self._release).finish(self._metadata, results)
+        FileSystemWriter(self._release).finish(self._metadata, results)
         # Megatron takes a folder for a checkpoint by this file, so it is written last.
         save_config(CheckpointingConfig("torch_dist", 1), str(self._release))
         (self._folder / TRACKER).write_text(RELEASE)
@@ -171,12 +172,9 @@ class CheckpointWriter:
 
 
 def _planner() -> Any:
-    with warnings.catch_warnings():
-        # That Apex is absent.
-        warnings.simplefilter("ignore")
-        from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 
-        return MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    return MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
 def _plan(states: Sequence[dict[str, Any]]) -> tuple[list[SavePlan], Metadata]:
@@ -186,7 +184,9 @@ def _plan(states: Sequence[dict[str, Any]]) -> tuple[list[SavePlan], Metadata]:
         planner = _planner()
         planner.set_up_planner(state)
         locals_.append(planner.create_local_plan())
-    plans, metadata = planner.create_global_plan(locals_)
+    # Without the planner's own check that no chunks overlap, which compares all pairs: minutes for
+    # hundreds of experts. Places on an axis cannot.
+    plans, metadata = create_default_global_save_plan(locals_)
     return FileSystemWriter("").prepare_global_plan(plans), metadata
 
 
@@ -240,9 +240,9 @@ def _objects(model: Model) -> dict[str, io.BytesIO]:
         "iteration": 0,
         "content_metadata": CONTENT_METADATA,
     }
-    objects: dict[str, Any] = {"common_state/shard_0_1": common}
-    objects |= dict.fromkeys(_extra_state_keys(model))
-    return {key: _packed(value) for key, value in objects.items()}
+    # One buffer for all of them: packing costs more than anything else in the plan.
+    states = dict.fromkeys(_extra_state_keys(model), _packed(None))
+    return {"common_state/shard_0_1": _packed(common), **states}
 
 
 def _extra_state_keys(model: Model) -> Iterator[str]:
