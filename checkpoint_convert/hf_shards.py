@@ -22,6 +22,7 @@ MAX_SHARD_BYTES: Final = 5 * 10**9
 """What published models use."""
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER: Final = {dtype: i for i, dtype in enumerate(_NAMES)}
 
 
 def plan_shards(groups: Sequence[Sequence[tuple[str, int]]], *, max_bytes: int) -> list[list[int]]:
@@ -95,7 +96,7 @@ class ShardWriter:
         self._metas = metas
         self._missing = set(metas)
         # The library's order: larger dtypes first, so that all are aligned, then by name.
-        order = sorted(metas, key=lambda name: (-metas[name].dtype.itemsize, name))
+        order = sorted(metas, key=lambda name: (-_ORDER[metas[name].dtype], name))
         self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0

@@ -23,20 +23,20 @@ MAPPED_BYTES: Final = 64 * 2**20
 """A file is opened anew when this much of it has been read."""
 
 DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
 }
-"""What safetensors' headers call them."""
+"""What safetensors' headers call them; the library lays out a file in the reverse of this order."""
 
 _SHARD_NAME: Final = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
