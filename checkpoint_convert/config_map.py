@@ -16,7 +16,17 @@ from typing import Any, Final
 import orjson
 import torch
 
-from checkpoint_convert.families import ENDS, FAMILIES, OUTPUT, Family, not_expressible
+from checkpoint_convert.families import (
+    ENDS,
+    FAMILIES,
+    OUTPUT,
+    REFUSED_FAMILIES,
+    Family,
+    literal,
+    not_expressible,
+    read_rope,
+    window_flags,
+)
 from checkpoint_convert.rules import Heads, Rule
 from megasft.errors import ConversionError
 
@@ -39,6 +49,7 @@ FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
 }
 """Fields with one value that Megatron's flags for these families can express."""
 
@@ -61,7 +72,8 @@ WITHOUT_EFFECT: Final = frozenset(
         *("_attn_implementation_autoset", "attn_implementation"),
     )
 )
-"""Fields that do not change the logits; ``max_window_layers`` does only with a sliding window."""
+"""Fields that do not change the logits; ``max_window_layers`` only through ``layer_types``, which
+transformers derives from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +152,11 @@ def _with_defaults(folder: Path) -> dict[str, Any]:
 
 def _family(config: Mapping[str, Any], path: Path) -> Family:
     name = config.get("model_type")
+    if name in REFUSED_FAMILIES:
+        raise ConversionError(
+            f"{path}: model_type is {name!r}, which Megatron-Core 0.19 cannot compute. It lacks "
+            f"{REFUSED_FAMILIES[name]}. Families that convert: {', '.join(FAMILIES)}"
+        )
     if name not in FAMILIES:
         raise ConversionError(
             f"{path}: model_type is {name!r}; families that convert: {', '.join(FAMILIES)}"
@@ -154,8 +171,18 @@ def _family(config: Mapping[str, Any], path: Path) -> Family:
 
 
 def _require_known(written: Mapping[str, Any], family: Family, path: Path) -> None:
+    if written.get("quantization_config") is not None:
+        raise ConversionError(
+            f"{path}: quantization_config is {written['quantization_config']!r}, and conversion "
+            "reads plain weights only; make a bfloat16 copy (for DeepSeek's fp8 weights with the "
+            "fp8_cast_bf16.py of the DeepSeek-V3 repository), and remove the field from its "
+            "config.json"
+        )
+    for name, why in family.stated.items():
+        if written.get(name) is None:
+            raise ConversionError(f"{path} has no {name}, and conversion does not guess: {why}")
     known = VALUE_FLAGS.keys() | FIXED.keys() | READ_ELSEWHERE | WITHOUT_EFFECT
-    known |= family.values.keys() | family.fixed.keys() | family.read
+    known |= {"quantization_config"} | family.values.keys() | family.fixed.keys() | family.read
     unknown = [f"{name} = {value!r}" for name, value in written.items() if name not in known]
     if unknown:
         raise ConversionError(
@@ -172,7 +199,6 @@ def _map(
         value = effective.get(name, allowed[0])
         if value not in allowed:
             raise not_expressible(path, name, value, f"only {allowed[0]!r} converts")
-    _require_full_attention(effective, path)
     heads = Heads(
         num_heads=int(effective["num_attention_heads"]),
         num_groups=int(effective.get("num_key_value_heads") or effective["num_attention_heads"]),
@@ -187,11 +213,13 @@ def _map(
     for name, flag in (VALUE_FLAGS | dict(family.values)).items():
         if effective[name] is None:
             raise not_expressible(path, name, None, "the family needs a number")
-        flags += [flag, _literal(effective[name])]
+        flags += [flag, literal(effective[name])]
     flags += ["--kv-channels", str(heads.head_dim)]
     if heads.num_groups != heads.num_heads:
         flags += ["--group-query-attention", "--num-query-groups", str(heads.num_groups)]
-    flags += ["--rotary-base", str(_rotary_base(effective, path))]
+    rope = read_rope(effective, path)
+    flags += ["--rotary-base", str(rope.base), *family.rope(rope, path)]
+    flags += window_flags(effective, family.windowed_layers, path)
     is_sparse = _sparse_layers(effective, family, path)
     if len(set(is_sparse)) == 2:
         pattern = ",".join(str(int(layer)) for layer in is_sparse)
@@ -225,38 +253,6 @@ def _sparse_layers(effective: Mapping[str, Any], family: Family, path: Path) -> 
             path, family.experts.count, effective[family.experts.count], "no layer has experts"
         )
     return is_sparse
-
-
-def _literal(value: Any) -> str:
-    """Write a number so that it reads back exactly; ``0.0`` is written ``0``."""
-    return str(int(value)) if float(value).is_integer() else repr(value)
-
-
-def _require_full_attention(config: Mapping[str, Any], path: Path) -> None:
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise not_expressible(path, "layer_types", sorted(kinds), "only full_attention converts")
-    if config.get("sliding_window") is not None and "use_sliding_window" not in config:
-        raise not_expressible(
-            path, "sliding_window", config["sliding_window"], "attention must see the whole context"
-        )
-
-
-def _rotary_base(config: Mapping[str, Any], path: Path) -> int:
-    """Return the rope base, after making sure that rope is not scaled in any way."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta")
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-    rope.pop("type", None)
-    if kind != "default" or any(value not in (None, 1, 1.0) for value in rope.values()):
-        raise not_expressible(
-            path, "rope scaling", {"rope_type": kind, **rope}, "only plain rope converts"
-        )
-    if theta is None or not float(theta).is_integer():
-        raise not_expressible(
-            path, "rope_theta", theta, "Megatron's --rotary-base is a whole number"
-        )
-    return int(theta)
 
 
 def _dtype(written: Mapping[str, Any], path: Path) -> torch.dtype | None:

@@ -1,23 +1,16 @@
 """DeepSeek-V3: latent attention, sigmoid router with a bias per expert, shared experts.
 
-Refused for now: scaled rope, which the released models have, and queries without a latent
-(``q_lora_rank`` null): there Megatron 0.19 has no way to norm the keys' latent and leave the query
-alone (``QKNormConfigResolver``).
+Refused: queries without a latent (``q_lora_rank`` null), where Megatron 0.19 has no way to norm the
+keys' latent and leave the query alone (``QKNormConfigResolver``).
 """
 
 from pathlib import Path
 from typing import Any, Final
 
-from checkpoint_convert.families.family import (
-    COMMON_FLAGS,
-    Config,
-    Experts,
-    Family,
-    gated,
-    in_layer,
-    not_expressible,
-)
+from checkpoint_convert.families.config import Config, not_expressible
+from checkpoint_convert.families.family import COMMON_FLAGS, Experts, Family, gated, in_layer
 from checkpoint_convert.families.qwen_moe import MOE_FLAGS, ROUTER, SHARED_MODULES
+from checkpoint_convert.families.rope import latent_rope_flags
 
 _ATTENTION: Final = (
     in_layer("input_layernorm.weight", "input_layernorm.weight"),
@@ -67,8 +60,18 @@ _FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "norm_topk_prob": (True,),
     "rope_interleave": (True,),
     "scoring_func": ("sigmoid",),
+    # May be absent, unlike scoring_func: it is the one method with a bias per expert, and a folder
+    # without the biases is refused for them.
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
+}
+
+_STATED: Final = {
+    "scoring_func": (
+        "transformers leaves it out when it saves this family, its own class computes a sigmoid, "
+        'and other programs then take a softmax; add "scoring_func": "sigmoid" to the file if the '
+        "model was trained as transformers computes it"
+    )
 }
 
 _READ: Final = frozenset(
@@ -78,14 +81,14 @@ _READ: Final = frozenset(
         # Layers that the class does not build. When a folder holds their tensors, these are refused
         # as tensors that no rule takes.
         *("num_nextn_predict_layers", "num_mtp_layers"),
+        "auto_map",  # code beside the released weights, which transformers' class has replaced
     )
 )
 
 _FLAGS: Final = (
     *COMMON_FLAGS,
     *MOE_FLAGS,
-    *("--multi-latent-attention", "--rope-type", "rope", "--rotary-scaling-factor", "1"),
-    *("--qk-layernorm", "--moe-router-score-function", "sigmoid"),
+    *("--multi-latent-attention", "--qk-layernorm", "--moe-router-score-function", "sigmoid"),
     # Hugging Face has no rule to update the bias: a run that wants Megatron's gives its rate.
     *("--moe-router-enable-expert-bias", "--moe-router-bias-update-rate", "0"),
     *("--moe-router-dtype", "fp32"),
@@ -147,5 +150,7 @@ DEEPSEEK_V3: Final = Family(
     fixed=_FIXED,
     read=_READ,
     more_flags=_more_flags,
+    stated=_STATED,
+    rope=latent_rope_flags,
     experts=_EXPERTS,
 )

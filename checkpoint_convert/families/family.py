@@ -10,24 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from checkpoint_convert.families.config import Config
+from checkpoint_convert.families.rope import RopeFlags, rope_flags
+from checkpoint_convert.families.window import WindowedLayers
 from checkpoint_convert.rules import GATED, QKV, WHOLE, Join, Rule
-from megasft.errors import ConversionError
-
-Config = Mapping[str, Any]
-"""A Hugging Face configuration with every default filled in."""
 
 COMMON_FLAGS: Final = (
     *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
     *("--position-embedding-type", "rope", "--hidden-dropout", "0"),
 )
 
-
-def not_expressible(path: Path, name: str, value: Any, why: str) -> ConversionError:
-    """Return the error about a field whose value Megatron's flags cannot say."""
-    return ConversionError(
-        f"{path}: {name} is {value!r}, and {why} in this release; converting would change what the "
-        "model computes"
-    )
+WINDOW_SWITCH: Final[dict[str, tuple[Any, ...]]] = {"use_sliding_window": (False, True, None)}
+"""For classes that have it: without it transformers itself drops the window."""
 
 
 def in_layer(megatron: str, *hf: str, join: Join = WHOLE, is_buffer: bool = False) -> Rule:
@@ -150,6 +144,10 @@ class Family:
         read: Further fields that ``more_flags`` and ``experts`` read, or that change nothing.
         more_flags: Configuration, and its path for errors, to flags, where it takes more than a
             table.
+        stated: Fields the file itself has to have, because what is computed without them is a
+            guess; by name, why and what to write.
+        rope: How the family's attention scales rope.
+        windowed_layers: The layers that a sliding window is for.
         experts: None for a dense model.
     """
 
@@ -161,6 +159,9 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     read: frozenset[str] = frozenset()
     more_flags: Callable[[Config, Path], list[str]] = _no_flags
+    stated: Mapping[str, str] = field(default_factory=dict)
+    rope: RopeFlags = rope_flags
+    windowed_layers: WindowedLayers = "none"
     experts: Experts | None = None
 
     def layer_rules(self, *, is_sparse: bool) -> tuple[Rule, ...]:

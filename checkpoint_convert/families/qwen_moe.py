@@ -7,17 +7,17 @@ Both route in the model's own dtype with a softmax in float32, as Megatron does 
 from pathlib import Path
 from typing import Any, Final
 
+from checkpoint_convert.families.config import Config, not_expressible
 from checkpoint_convert.families.family import (
     ATTENTION,
     COMMON_FLAGS,
     QK_NORM,
     QKV_BIAS,
-    Config,
+    WINDOW_SWITCH,
     Experts,
     Family,
     gated,
     in_layer,
-    not_expressible,
 )
 
 MOE_FLAGS: Final = (
@@ -74,8 +74,10 @@ QWEN3_MOE: Final = Family(
     (*ATTENTION, *QK_NORM),
     flags=(*COMMON_FLAGS, *MOE_FLAGS, "--qk-layernorm"),
     values=_VALUES,
+    fixed=WINDOW_SWITCH,
     read=_READ,
     more_flags=_router_flags,
+    windowed_layers="all",
     experts=Experts("num_experts", ROUTER, ("pre_mlp_layernorm",), _is_sparse),
 )
 
@@ -88,9 +90,10 @@ QWEN2_MOE: Final = Family(
     (*ATTENTION, QKV_BIAS),
     flags=(*COMMON_FLAGS, *MOE_FLAGS, "--add-qkv-bias", "--moe-shared-expert-gate"),
     values=_VALUES | _SHARED_SIZE,
-    fixed=_FIXED,
+    fixed=_FIXED | WINDOW_SWITCH,
     read=_READ,
     more_flags=_router_flags,
+    windowed_layers="listed",
     experts=Experts(
         "num_experts", (*ROUTER, *_SHARED), ("pre_mlp_layernorm", *SHARED_MODULES), _is_sparse
     ),

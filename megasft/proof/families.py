@@ -84,7 +84,9 @@ def _deepseek_v3() -> Any:
     latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "first_k_dense_replace": 0}
     heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
     sizes = SIZES | MOE_SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **experts, **latent, **heads))
+    # transformers computes a sigmoid and does not say so when it saves; conversion does not guess.
+    said = {"scoring_func": "sigmoid"}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **experts, **latent, **heads, **said))
 
 
 TIED: Final = tuple(

@@ -19,6 +19,7 @@ from megasft.compat import has
 from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
 from megasft.store import TokenStore
+from megasft.training import rope
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="pad every document to a multiple of N, and of what context parallelism needs "
         "(2 x CP). Rows depend on it, so the default gives the same rows on every layout up to "
         "CP 4 and a run can resume on another one (default: 8)",
+    )
+    group.add_argument(
+        "--megasft-rope-scaling",
+        metavar="JSON",
+        help="rope_parameters of a Hugging Face configuration, for scaled rope that Megatron's own "
+        "flags cannot say: linear, llama3 with factors other than Llama 3.1's, yarn; the "
+        "conversion writes it",
     )
     group.add_argument(
         "--megasft-no-audit",
@@ -210,6 +218,7 @@ def check(args: Any) -> None:
             f"--dataloader-type {args.dataloader_type} would shuffle the row plan once more; drop "
             "it, the plan is shuffled by --seed each epoch"
         )
+    rope.from_flags(args)
     _check_attention(args)
     _warn_of_what_depends_on_the_layout(args)
 

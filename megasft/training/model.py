@@ -15,6 +15,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megasft.attention.core_attention import PackedCoreAttention
 from megasft.errors import FlagError
+from megasft.training import rope
 from megasft.training.arguments import attention_backend, uses_te_spec
 from megasft.training.model_builder import SFTModelConfig
 from megasft.training.norm import replace_norms, torch_norm
@@ -24,9 +25,13 @@ def model_config(args: Any) -> GPTModelConfig:
     """Build the model's config from Megatron's flags.
 
     Raises:
-        FlagError: A layer spec of the user's own is given, which our attention cannot enter.
+        FlagError: A layer spec of the user's own is given, which our attention cannot enter, or
+            the rope is scaled in a way that the other flags rule out.
     """
     config = gpt_config_from_args(args, model_config_cls=SFTModelConfig)
+    # Megatron 0.19.2 parses this flag and leaves the config at its default, 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
+    _scale_rope(config, args)
     backend = attention_backend(args)
     if backend is not None:
         if args.spec is not None:
@@ -49,6 +54,22 @@ def model_config(args: Any) -> GPTModelConfig:
         and max(args.micro_batch_size, args.eval_micro_batch_size) > 1
     )
     return config
+
+
+def _scale_rope(config: SFTModelConfig, args: Any) -> None:
+    """Hand ``--megasft-rope-scaling`` to what computes it: the builder, or latent attention."""
+    scaling = rope.from_flags(args)
+    if scaling is None:
+        return
+    transformer = config.transformer
+    if args.multi_latent_attention:
+        for name, value in rope.latent_fields(scaling).items():
+            setattr(transformer, name, value)
+        return
+    config.megasft_rope_scaling = args.megasft_rope_scaling
+    if scaling.attention_factor != 1.0:
+        softmax_scale = transformer.softmax_scale or transformer.kv_channels**-0.5
+        transformer.softmax_scale = softmax_scale * scaling.attention_factor**2
 
 
 def _splits_latent_attention(args: Any) -> bool:

@@ -1,10 +1,12 @@
-"""Builds Megatron's GPT model with our layers in its multi-token prediction (MTP) as well.
+"""Builds Megatron's GPT model with our layers in multi-token prediction (MTP), and our scaled rope.
 
 Megatron's builder makes the MTP layers' spec by itself, out of reach of the layer spec: its local
-attention there computes no packed rows and no context parallelism. A config that names another
-builder is Megatron's own way to change that; without MTP, its builder does all the work.
+attention there computes no packed rows and no context parallelism. And it makes the rope, whose
+scaling it knows for Llama 3.1 alone. A config that names another builder is Megatron's own way to
+change that; without MTP, its builder does all the work but the frequencies.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -17,13 +19,21 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from megasft.training import rope
 from megasft.training.norm import replace_norms
 
 
+@dataclass(kw_only=True)
 class SFTModelConfig(GPTModelConfig):
-    """Megatron's config, built by our builder."""
+    """Megatron's config, built by our builder.
+
+    Attributes:
+        megasft_rope_scaling: The flag's JSON, which Megatron can write into a checkpoint; None for
+            rope that Megatron scales itself or not at all.
+    """
 
     builder: ClassVar[str] = "megasft.training.model_builder.SFTModelBuilder"
+    megasft_rope_scaling: str | None = None
 
 
 class SFTModelBuilder(GPTModelBuilder):
@@ -36,10 +46,26 @@ class SFTModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> Any:
-        """Build one pipeline stage; mirrors ``GPTModelBuilder.build_model`` of 0.19.2."""
+        """Build one pipeline stage, or one virtual chunk of it."""
         config = self._model_config
         if not config.transformer.mtp_num_layers or config.transformer_layer_spec is None:
-            return super().build_model(pg_collection, pre_process, post_process, vp_stage)
+            model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        else:
+            model = self._build_with_mtp(pg_collection, pre_process, post_process, vp_stage)
+        if config.megasft_rope_scaling is not None:
+            scaling = rope.parse(config.megasft_rope_scaling)
+            rope.scale(model, scaling, base=config.rotary_base)
+        return model
+
+    def _build_with_mtp(
+        self,
+        pg_collection: Any,
+        pre_process: bool | None,
+        post_process: bool | None,
+        vp_stage: int | None,
+    ) -> Any:
+        """Mirror ``GPTModelBuilder.build_model`` of 0.19.2, with our layers in the MTP block."""
+        config = self._model_config
         layers = config.transformer_layer_spec(config, vp_stage=vp_stage)
         mtp = get_gpt_mtp_block_spec(
             config.transformer, layers, use_transformer_engine=False, vp_stage=vp_stage

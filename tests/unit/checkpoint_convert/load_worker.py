@@ -31,14 +31,13 @@ def load_model(args: Any) -> torch.nn.Module:
     """Build the model a training run builds from the flags, and load it as a run does."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.models.gpt import GPTModelBuilder
 
     from megasft.training.model import model_config
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = model_config(args)
     config.parallel_output = False
-    model = GPTModelBuilder(config).build_model(groups)
+    model = config.get_builder_cls()(config).build_model(groups)
     for tensor in (*model.parameters(), *expert_biases(model)):
         tensor.data.fill_(torch.nan)
     assert load_checkpoint([model], None, None) == (0, 0)

@@ -8,59 +8,11 @@ import pytest
 import torch
 
 from checkpoint_convert.config_map import Model, read_model
+from checkpoint_convert.families import FAMILIES, REFUSED_FAMILIES
 from megasft.errors import ConversionError
-
-# As the published models have it: the rope base where transformers 4 kept it.
-LLAMA3: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.0.dev0",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
-QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 28,
-    "model_type": "qwen3",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+from tests.unit.checkpoint_convert.published import LLAMA_3_8B as LLAMA3
+from tests.unit.checkpoint_convert.published import QWEN3_0_6B as QWEN3
+from tests.unit.checkpoint_convert.published import without
 
 
 def read(folder: Path, config: dict[str, Any]) -> Model:
@@ -95,13 +47,13 @@ def test_qwen3_becomes_these_flags(tmp_path: Path) -> None:
 
 
 def test_the_rope_base_is_read_where_transformers_5_keeps_it(tmp_path: Path) -> None:
-    config = {name: value for name, value in LLAMA3.items() if not name.startswith("rope")}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    config = without(LLAMA3, "rope_theta", "rope_scaling") | new
     assert read(tmp_path, config).flags == read(tmp_path, LLAMA3).flags
 
 
 def test_llama_1_without_key_value_heads_has_no_query_groups(tmp_path: Path) -> None:
-    config = {name: value for name, value in LLAMA3.items() if name != "num_key_value_heads"}
+    config = without(LLAMA3, "num_key_value_heads")
     assert "--group-query-attention" not in read(tmp_path, config).flags
 
 
@@ -109,15 +61,20 @@ def test_llama_1_without_key_value_heads_has_no_query_groups(tmp_path: Path) -> 
     ("base", "field", "value", "message"),
     [
         (LLAMA3, "attention_multiplier", 0.5, "attention_multiplier = 0.5"),
-        (LLAMA3, "quantization_config", {"bits": 4}, "quantization_config = {'bits': 4}"),
+        (LLAMA3, "quantization_config", {"bits": 4}, "{'bits': 4}, and conversion reads plain"),
+        (LLAMA3, "partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5"),
         (LLAMA3, "hidden_act", "gelu", "hidden_act is 'gelu'"),
         (LLAMA3, "attention_bias", True, "attention_bias is True"),
         (LLAMA3, "mlp_bias", True, "mlp_bias is True"),
         (LLAMA3, "rope_theta", 10000.5, "rope_theta is 10000.5"),
-        (LLAMA3, "model_type", "gemma3", "model_type is 'gemma3'; families that convert: llama"),
+        (LLAMA3, "model_type", "opt", "model_type is 'opt'; families that convert: llama, mistral"),
         (LLAMA3, "architectures", ["LlamaForSequenceClassification"], "only LlamaForCausalLM"),
         (LLAMA3, "torch_dtype", "int8", "dtype 'int8' is none"),
-        (QWEN3, "use_sliding_window", True, "use_sliding_window is True"),
+        (LLAMA3, "use_sliding_window", True, "use_sliding_window is True"),
+        (LLAMA3, "sliding_window", 4096, "sliding_window is 4096, and attention of this family"),
+        (QWEN3, "layer_types", ["chunked_attention"] * 28, "layer_types is ['chunked_attention']"),
+        (QWEN3, "layer_types", ["sliding_attention"] * 28, "sliding_window is None, and layer_typ"),
+        (QWEN3, "use_mrope", True, "use_mrope is True"),
     ],
 )
 def test_a_field_that_changes_the_model_is_refused_by_name(
@@ -129,28 +86,28 @@ def test_a_field_that_changes_the_model_is_refused_by_name(
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 2.0},
-        {"type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    ],
-)
-@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
-def test_scaled_rope_is_refused(tmp_path: Path, scaling: dict[str, Any], place: str) -> None:
-    if place == "rope_parameters":
-        scaling = scaling | {"rope_theta": 500000.0}
-    config = {name: value for name, value in LLAMA3.items() if name != "rope_scaling"}
-    with pytest.raises(ConversionError, match=r"rope scaling is .*only plain rope"):
-        read(tmp_path, config | {place: scaling})
+@pytest.mark.parametrize("name", REFUSED_FAMILIES)
+def test_a_family_megatron_cannot_compute_is_refused_with_what_is_missing(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ConversionError) as error:
+        read(tmp_path, LLAMA3 | {"model_type": name})
+    assert f"model_type is '{name}', which Megatron-Core 0.19 cannot compute" in str(error.value)
+    assert "embeddings scaled by the square root of the hidden size" in str(error.value)
+    assert not REFUSED_FAMILIES.keys() & FAMILIES.keys()
+
+
+def test_a_window_is_one_less_in_megatron_and_a_pattern_when_some_layers_lack_it(
+    tmp_path: Path,
+) -> None:
+    """Hugging Face counts the query's own position; the logits are compared in another test."""
+    window = {"use_sliding_window": True, "sliding_window": 4096}
+    flags = " ".join(read(tmp_path, QWEN3 | window | {"max_window_layers": 26}).flags)
+    assert f"--window-size 4095,0 --window-attn-skip-freq [{'0,' * 26}1,1]" in flags
+    flags = " ".join(read(tmp_path, QWEN3 | window | {"max_window_layers": 0}).flags)
+    assert "--window-size 4095,0 --normalization" in flags
+    for off in ({"max_window_layers": 28}, {"use_sliding_window": False}):
+        assert "--window-size" not in read(tmp_path, QWEN3 | window | off).flags
 
 
 def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Megatron's own model, loaded by Megatron's own ``load_checkpoint``, computes what HF's does."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,8 +69,55 @@ def test_the_routers_of_the_models_compared_are_far_from_a_tie() -> None:
                 module.register_forward_hook(measure)
         with torch.no_grad():
             model(TOKENS)
-    assert len(margins) == 2 + 1 + 2 + 2 + 4 + 2
+    assert len(margins) == 2 + (2 + 2 + 1) + 3 * 2 + 3 * 4 + 2
     assert all(100 * TOLERANCE < margin < torch.inf for margin in margins), margins
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        # Megatron's default factor, and a context that is not the one it hard-codes.
+        ("llama3_rope", "factor", 8.0),
+        ("llama3_rope", "original_max_position_embeddings", 4096),
+        ("llama3_rope_short", "original_max_position_embeddings", 16),
+        ("llama3_rope_short", "low_freq_factor", 2.0),
+        ("llama3_rope_short", "high_freq_factor", 3.0),
+        ("llama_linear", "factor", 2.0),
+        ("llama_yarn", "original_max_position_embeddings", 16),
+        ("llama_yarn", "attention_factor", 1.25),
+        ("llama_yarn", "beta_fast", 1.0),
+        ("llama_yarn", "truncate", True),
+        ("qwen3_yarn", "original_max_position_embeddings", 16),
+        ("qwen3_yarn", "attention_factor", 1.0),
+        ("qwen3_yarn", "factor", 3.0),
+        ("deepseek_v3_yarn", "original_max_position_embeddings", 8192),
+        ("deepseek_v3_yarn", "mscale", 0.6),
+        ("deepseek_v3_yarn", "mscale_all_dim", 1.0),
+        ("deepseek_v3_yarn_short", "original_max_position_embeddings", 64),
+        ("deepseek_v3_yarn_short", "beta_fast", 1.0),
+        ("deepseek_v3_yarn_short", "beta_slow", 0.02),
+        *(("mistral_window", "sliding_window", window) for window in (4, 6)),
+        *(("qwen2_window", "sliding_window", window) for window in (4, 6)),
+        ("qwen2_window", "layer_types", ["sliding_attention"] * 3),
+        *(("qwen2_moe_window", "sliding_window", window) for window in (4, 6)),
+        *(("qwen3_moe_window", "sliding_window", window) for window in (4, 6)),
+    ],
+)
+def test_the_models_compared_would_show_a_wrong_rope_or_window(
+    name: str, field: str, value: Any
+) -> None:
+    """Rows are longer than every window and short context, so each field moves the logits."""
+    model = make(name)
+    config = deepcopy(model.config)
+    if hasattr(config, field):
+        setattr(config, field, value)
+    else:
+        config.rope_parameters[field] = value
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        error = (model(TOKENS).logits - other(TOKENS).logits).abs().max()
+    assert error > 50 * TOLERANCE
 
 
 @pytest.mark.slow
@@ -92,6 +141,9 @@ PP = ("--pipeline-model-parallel-size", "2")
 EP = ("--expert-model-parallel-size", "2")
 LAYOUTS = [
     *(("qwen2", TP), ("qwen3", TP), ("qwen2", PP), ("qwen3", PP)),
+    # Scaled rope on a stage without an embedding, and a window in the first stage alone.
+    *(("qwen3_yarn", TP), ("llama3_rope", PP), ("llama_yarn", PP), ("qwen2_moe_window", PP)),
+    *(("mistral_window", TP), ("mixtral", EP), ("deepseek_v3_yarn_short", PP)),
     *(("qwen2_moe", EP), ("qwen3_moe", EP), ("qwen3_moe_plain", EP)),
     # Megatron refuses experts with tensor parallelism and without sequence parallelism.
     *(("qwen2_moe", (*TP, "--sequence-parallel")), ("qwen3_moe", (*TP, "--sequence-parallel"))),

@@ -8,44 +8,13 @@ import pytest
 
 from checkpoint_convert.config_map import Model, read_model
 from megasft.errors import ConversionError
+from tests.unit.checkpoint_convert.published import (
+    DEEPSEEK_V3_BF16,
+    MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
+    without,
+)
 
-# As the published models have them.
-QWEN3_30B_A3B: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 QWEN2_MOE: dict[str, Any] = {
     "architectures": ["Qwen2MoeForCausalLM"],
     "attention_dropout": 0.0,
@@ -78,51 +47,8 @@ QWEN2_MOE: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-# The published one but for fp8, scaled rope and the number of layers.
-DEEPSEEK_V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "aux_loss_alpha": 0.001,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 4096,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "pretraining_tp": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+# The published one but for fp8 and the number of layers.
+DEEPSEEK_V3: dict[str, Any] = DEEPSEEK_V3_BF16 | {"num_hidden_layers": 5}
 
 
 def read(folder: Path, config: dict[str, Any]) -> Model:
@@ -147,7 +73,7 @@ def test_qwen3_30b_a3b_becomes_these_flags(tmp_path: Path) -> None:
 
 
 def test_the_number_of_experts_is_read_under_both_of_its_names(tmp_path: Path) -> None:
-    config = {name: value for name, value in QWEN3_30B_A3B.items() if name != "num_experts"}
+    config = without(QWEN3_30B_A3B, "num_experts")
     assert read(tmp_path, config | {"num_local_experts": 16}).num_experts == 16
 
 
@@ -177,15 +103,16 @@ def test_deepseek_v3_becomes_these_flags(tmp_path: Path) -> None:
     model = read(tmp_path, DEEPSEEK_V3)
     assert " ".join(model.flags) == (
         "--num-layers 5 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 128 "
-        "--max-position-embeddings 4096 --norm-epsilon 1e-06 --attention-dropout 0 "
+        "--max-position-embeddings 163840 --norm-epsilon 1e-06 --attention-dropout 0 "
         "--padded-vocab-size 129280 --num-experts 256 --moe-router-topk 8 "
         "--moe-ffn-hidden-size 2048 --moe-router-topk-scaling-factor 2.5 --kv-lora-rank 512 "
         "--qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128 --kv-channels 64 "
-        "--rotary-base 10000 --moe-layer-freq [0,0,0,1,1] --normalization RMSNorm --swiglu "
+        "--rotary-base 10000 --rope-type yarn --rotary-scaling-factor 40 --mscale 1 "
+        "--mscale-all-dim 1 --moe-layer-freq [0,0,0,1,1] --normalization RMSNorm --swiglu "
         "--disable-bias-linear --position-embedding-type rope --hidden-dropout 0 "
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0 "
-        "--moe-token-dispatcher-type alltoall --multi-latent-attention --rope-type rope "
-        "--rotary-scaling-factor 1 --qk-layernorm --moe-router-score-function sigmoid "
+        "--moe-token-dispatcher-type alltoall --multi-latent-attention --qk-layernorm "
+        "--moe-router-score-function sigmoid "
         "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0 "
         "--moe-router-dtype fp32 --q-lora-rank 1536 --moe-shared-expert-intermediate-size 2048 "
         "--moe-router-num-groups 8 --moe-router-group-topk 4 "
@@ -210,7 +137,10 @@ def test_groups_that_are_all_chosen_are_no_groups(tmp_path: Path) -> None:
         ),
         (QWEN3_30B_A3B, {"num_experts_per_tok": 1}, "does not renormalize"),
         (QWEN3_30B_A3B, {"decoder_sparse_step": 99}, "no layer has experts"),
-        (QWEN3_30B_A3B, {"use_sliding_window": True}, "use_sliding_window is True"),
+        (QWEN3_30B_A3B, {"layer_types": ["sliding_attention"] * 48}, "layer_types is ['sliding_"),
+        (MIXTRAL_8X7B, {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        (MIXTRAL_8X7B, {"num_experts_per_tok": 1}, "does not renormalize"),
+        (MIXTRAL_8X7B, {"layer_types": ["sliding_attention"] * 32}, "layer_types is ['sliding_"),
         (QWEN2_MOE, {"qkv_bias": False}, "qkv_bias is False"),
         (DEEPSEEK_V3, {"q_lora_rank": None}, "q_lora_rank is None, and Megatron norms the query"),
         (DEEPSEEK_V3, {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, and only 1e-06"),
@@ -226,11 +156,6 @@ def test_groups_that_are_all_chosen_are_no_groups(tmp_path: Path) -> None:
         (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias is True"),
         (DEEPSEEK_V3, {"first_k_dense_replace": 5}, "no layer has experts"),
         (DEEPSEEK_V3, {"kv_lora_rank": None}, "field 'kv_lora_rank'"),
-        (
-            DEEPSEEK_V3,
-            {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}},
-            "only plain rope converts",
-        ),
     ],
 )
 def test_what_the_two_frameworks_understand_differently_is_refused_by_name(
@@ -240,3 +165,21 @@ def test_what_the_two_frameworks_understand_differently_is_refused_by_name(
     with pytest.raises(ConversionError) as error:
         read(tmp_path, base | changes)
     assert message in str(error.value)
+
+
+def test_a_scoring_function_that_the_file_does_not_state_is_not_guessed(tmp_path: Path) -> None:
+    """transformers drops it when it saves; others then take a softmax (logits off by 2.4)."""
+    with pytest.raises(
+        ConversionError, match=r'has no scoring_func.*add "scoring_func": "sigmoid"'
+    ):
+        read(tmp_path, without(DEEPSEEK_V3, "scoring_func"))
+    # The biases in the folder say which method it is.
+    same = read(tmp_path, without(DEEPSEEK_V3, "topk_method"))
+    assert same.flags == read(tmp_path, DEEPSEEK_V3).flags
+
+
+def test_fp8_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    fp8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}
+    with pytest.raises(ConversionError, match=r"'fp8'.*make a bfloat16 copy .*fp8_cast_bf16\.py"):
+        read(tmp_path, DEEPSEEK_V3 | fp8)
+    assert read(tmp_path, DEEPSEEK_V3 | {"quantization_config": None}).num_experts == 256

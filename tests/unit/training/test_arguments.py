@@ -31,6 +31,7 @@ def flags(**changes: Any) -> SimpleNamespace:
         "num_experts": None,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_expert_capacity_factor": None,
+        "megasft_rope_scaling": None,
     }
     return SimpleNamespace(**(good | changes))
 
@@ -52,6 +53,7 @@ def test_good_flags_pass() -> None:
         ({"eval_iters": 10}, "--eval-iters 10 would have no effect"),
         ({"dataloader_type": "cyclic"}, "would shuffle the row plan once more"),
         ({"transformer_impl": "transformer_engine"}, "Transformer Engine is not installed"),
+        ({"megasft_rope_scaling": "{"}, "--megasft-rope-scaling { is not JSON"),
         ({"megasft_attention": "te"}, "needs --transformer-impl transformer_engine"),
     ],
 )
