@@ -1,6 +1,7 @@
 """What both conversions take and print, and how their faults become exit codes."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def show(report: Report) -> None:
     console.print(table)
     if report.flags:
         console.print("Megatron flags (megasft reads them from the checkpoint):")
-        console.print(" ".join(report.flags), markup=False)
+        console.print(shlex.join(report.flags), markup=False)
 
 
 def exit_code(conversion: Callable[[], Report], team: Team = ALONE) -> int:

@@ -6,7 +6,7 @@ are is known from the headers alone, so a folder is checked as a whole before an
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -158,6 +158,11 @@ class HFTensors(Mapping[str, torch.Tensor]):
             self._open = (entry.path, safe_open(entry.path, framework="pt"))
             self._mapped_bytes = entry.num_bytes
         return self._open[1]
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget some tensors, as if the folder did not hold them."""
+        for name in names:
+            del self._entries[name]
 
     def close(self) -> None:
         """Let go of the file that is open; the next read opens one again."""

@@ -40,6 +40,7 @@ from checkpoint_convert.tensor_map import (
     EMBEDDING,
     OUTPUT,
     merge_piece,
+    mtp_names,
     require_hf_names,
     require_tied,
 )
@@ -57,6 +58,7 @@ def convert(
     *,
     verify: bool = True,
     overwrite: bool = False,
+    drop_mtp: bool = False,
     team: Team = ALONE,
 ) -> Report:
     """Convert a Hugging Face folder.
@@ -66,6 +68,7 @@ def convert(
         output: Checkpoint folder; appears whole or not at all.
         verify: Map every tensor back and compare bitwise before it is written.
         overwrite: Replace an earlier conversion.
+        drop_mtp: Leave out multi-token prediction layers, which do not convert.
         team: The processes that share the work; all of them call this.
 
     Raises:
@@ -76,6 +79,7 @@ def convert(
     require_free(output, overwrite=overwrite, marker=MODEL_FILE)
     model = read_model(hf)
     tensors = HFTensors(hf)
+    left_out = _left_out(tensors, model, drop_mtp=drop_mtp)
     if require_hf_names(tensors.names, model):
         require_tied(tensors[EMBEDDING], tensors[OUTPUT])
     metas = [(piece, _meta(piece, tensors, model)) for piece in pieces(model)]
@@ -103,7 +107,7 @@ def convert(
         if team.leads:
             writer.finish()
             names = hf_folder.copy_side_files(hf, folder / SIDE_FOLDER)
-            _write_model_file(folder, model, names)
+            _write_model_file(folder, model, names, left_out)
             writer.forget_receipts()
     return Report(
         source=hf,
@@ -117,6 +121,18 @@ def convert(
         is_verified=verify,
         flags=model.flags,
     )
+
+
+def _left_out(tensors: HFTensors, model: Model, *, drop_mtp: bool) -> list[str]:
+    names = mtp_names(tensors.names, model)
+    if names and not drop_mtp:
+        raise ConversionError(
+            f"{tensors.folder} holds {len(names)} tensors of multi-token prediction layers "
+            f"({names[0]}, ...), which transformers does not build and this release does not "
+            "convert; --drop-mtp leaves them out, there and on the way back"
+        )
+    tensors.leave_out(names)
+    return names
 
 
 def _meta(piece: Piece, tensors: HFTensors, model: Model) -> torch.Tensor:
@@ -142,13 +158,16 @@ def _source(hf: Path, tensors: HFTensors) -> dict[str, object]:
     }
 
 
-def _write_model_file(folder: Path, model: Model, side_files: Sequence[str]) -> None:
+def _write_model_file(
+    folder: Path, model: Model, side_files: Sequence[str], left_out: Sequence[str]
+) -> None:
     content = {
         "family": model.family_name,
         "flags": list(model.flags),
         "vocab_size": model.vocab_size,
         "tokenizer_files": [name for name in side_files if name in hf_folder.TOKENIZER_FILES],
         "hf_config": model.hf_config,
+        "left_out": list(left_out),
     }
     (folder / MODEL_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
@@ -163,6 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="model folder")
     parser.add_argument("--output", type=Path, required=True, metavar="CKPT", help="checkpoint")
+    parser.add_argument(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out multi-token prediction layers (released DeepSeek-V3 folders hold one)",
+    )
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
     with joined() as team:
@@ -172,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.output,
                 verify=not args.no_verify,
                 overwrite=args.overwrite,
+                drop_mtp=args.drop_mtp,
                 team=team,
             ),
             team,

@@ -43,6 +43,16 @@ def require_hf_names(found: Collection[str], model: Model) -> bool:
     return repeats_tied
 
 
+def mtp_names(found: Collection[str], model: Model) -> list[str]:
+    """Return the names of multi-token prediction layers, which lie behind the model's own.
+
+    Released DeepSeek-V3 folders have one. transformers does not build it.
+    """
+    count = int(model.hf_config.get("num_nextn_predict_layers") or 0)
+    prefixes = tuple(f"model.layers.{model.num_layers + i}." for i in range(count))
+    return [name for name in found if prefixes and name.startswith(prefixes)]
+
+
 def require_keys(found: Collection[str], model: Model) -> None:
     """Check that a checkpoint holds a model's tensors and no others.
 

@@ -171,6 +171,22 @@ def test_a_lost_router_bias_is_named(tmp_path: Path) -> None:
         hf_to_megatron.convert(hf, tmp_path / "megatron")
 
 
+def test_multi_token_prediction_layers_are_left_out_only_when_asked(tmp_path: Path) -> None:
+    hf = save("deepseek_v3", tmp_path / "hf")
+    config = orjson.loads((hf / "config.json").read_bytes())
+    (hf / "config.json").write_bytes(orjson.dumps(config | {"num_nextn_predict_layers": 1}))
+    tensors = weights(hf)
+    names = [f"model.layers.2.{part}.weight" for part in ("enorm", "eh_proj", "mlp.down_proj")]
+    rewrite(hf, tensors | {name: torch.ones(3) for name in names})
+    with pytest.raises(ConversionError, match=r"3 tensors of multi-token prediction layers \(mod"):
+        hf_to_megatron.convert(hf, tmp_path / "megatron")
+    hf_to_megatron.convert(hf, tmp_path / "megatron", drop_mtp=True)
+    model = orjson.loads((tmp_path / "megatron" / "megasft_model.json").read_bytes())
+    assert sorted(model["left_out"]) == sorted(names)
+    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+    assert weights(tmp_path / "back").keys() == tensors.keys()
+
+
 def test_a_float32_router_bias_stays_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
     """As the published models have it; the router's choice hangs on its last bits."""
     hf = save("deepseek_v3_dense_first", tmp_path / "hf", dtype=torch.bfloat16)

@@ -112,8 +112,8 @@ def test_a_run_that_changes_nothing_gives_back_the_model_it_started_from(
     """What users do: convert, train in parallel with a distributed optimizer, convert back.
 
     Mirrors ``save_checkpoint`` (Megatron 0.19.2) with optimizer state in the same files. A learning
-    rate of 0 leaves every bit alone, the bias of a router included; ``test_megatron_model`` covers
-    that weights matter.
+    rate of 0 leaves every bit alone, the bias of a router included; ``test_converted_families``
+    covers that weights matter.
     """
     hf = save(name, tmp_path / "hf")
     hf_to_megatron.convert(hf, tmp_path / "megatron")

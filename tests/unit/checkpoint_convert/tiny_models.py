@@ -162,6 +162,13 @@ LATENT_YARN_SHORT = {
     "beta_slow": 0.005,
 }
 
+# The seed is one that leaves every router far from a tie, which test_tiny_models measures.
+TOKENS = torch.randint(98, (4, 24), generator=torch.Generator().manual_seed(2))
+"""Documents to compare logits on, longer than the windows and the short original contexts."""
+
+TOLERANCE = 5e-6
+"""Of float32 logits up to 4: what another order of summation makes of them is 4e-6."""
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "llama_gqa_tied": _llama_gqa_tied,

@@ -6,10 +6,24 @@ Usage: torchrun --nproc-per-node N -m tests.unit.training.rope_worker RUNS.json 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megasft import cpu
+from megasft.training import arguments
+
+
+def start(flags: list[str]) -> Any:
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.initialize import initialize_megatron
+
+    args = arguments.parse(flags)
+    validate_args(args)
+    set_global_variables(args, build_tokenizer=False)
+    initialize_megatron()
+    return args
 
 
 def main() -> None:
@@ -22,7 +36,6 @@ def main() -> None:
 
         from megasft.attention.core_attention import PackedCoreAttention
         from megasft.training.model import model_config
-        from tests.unit.checkpoint_convert.load_worker import start
 
         config = model_config(start(flags))
         builder = config.get_builder_cls()(config)

@@ -161,7 +161,7 @@ def test_every_stage_and_chunk_is_scaled_with_multi_token_prediction_too(tmp_pat
 
     Mirrors ``GPTModelBuilder.build_distributed_models`` of Megatron 0.19.2: two pipeline stages
     with two virtual chunks each, with and without an MTP layer on the last one. It does not run
-    the chunks; ``test_megatron_model`` compares logits over two stages.
+    the chunks; ``test_converted_families`` compares logits over two stages.
     """
     sizes = ("--num-layers", 4, "--hidden-size", 32, "--num-attention-heads", 2, "--seq-length", 16)
     more = (
