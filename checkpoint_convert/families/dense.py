@@ -6,6 +6,7 @@ from checkpoint_convert.families.family import (
     ATTENTION,
     COMMON_FLAGS,
     QK_NORM,
+    QK_NORM_MODULES,
     QKV_BIAS,
     WINDOW_SWITCH,
     Family,
@@ -26,6 +27,7 @@ QWEN2: Final = Family(
 QWEN3: Final = Family(
     "Qwen3ForCausalLM",
     (*ATTENTION, *QK_NORM),
+    QK_NORM_MODULES,
     flags=(*COMMON_FLAGS, "--qk-layernorm"),
     fixed=WINDOW_SWITCH,
     windowed_layers="listed",

@@ -84,8 +84,10 @@ QK_NORM: Final = (
     in_layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
 )
 
-ATTENTION_MODULES: Final = (
-    *("self_attention.linear_qkv", "self_attention.linear_proj"),
+ATTENTION_MODULES: Final = ("self_attention.linear_qkv", "self_attention.linear_proj")
+
+QK_NORM_MODULES: Final = (
+    *ATTENTION_MODULES,
     *("self_attention.q_layernorm", "self_attention.k_layernorm"),
 )
 

@@ -12,6 +12,7 @@ from checkpoint_convert.families.family import (
     ATTENTION,
     COMMON_FLAGS,
     QK_NORM,
+    QK_NORM_MODULES,
     QKV_BIAS,
     WINDOW_SWITCH,
     Experts,
@@ -72,6 +73,7 @@ def _router_flags(config: Config, path: Path) -> list[str]:
 QWEN3_MOE: Final = Family(
     "Qwen3MoeForCausalLM",
     (*ATTENTION, *QK_NORM),
+    QK_NORM_MODULES,
     flags=(*COMMON_FLAGS, *MOE_FLAGS, "--qk-layernorm"),
     values=_VALUES,
     fixed=WINDOW_SWITCH,
