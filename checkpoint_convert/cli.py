@@ -6,12 +6,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
+from checkpoint_convert.engines import ENGINES
 from checkpoint_convert.team import ALONE, Team
 from megasft.errors import MegasftError
+
+OWN: Final = "own"
+"""The engine that is this package itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +46,17 @@ class Report:
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags both directions have."""
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not map every tensor back and compare"
+        "--no-verify",
+        action="store_true",
+        help="do not compare what was written with where it came from: tensors bit for bit, "
+        "configuration, files, and logits of both programs in float32 on the CPU",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=(OWN, *ENGINES),
+        default=OWN,
+        help="own: this package's rules; a bridge, where one is installed, for other families "
+        "(default: own)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier conversion at --output"
@@ -72,7 +87,7 @@ def show(report: Report) -> None:
         console.print(shlex.join(report.flags), markup=False)
 
 
-def exit_code(conversion: Callable[[], Report], team: Team = ALONE) -> int:
+def exit_code(conversion: Callable[[], Report | None], team: Team = ALONE) -> int:
     """Run a conversion and print its report; a user's fault is one message and exit code 1.
 
     Args:
@@ -81,7 +96,7 @@ def exit_code(conversion: Callable[[], Report], team: Team = ALONE) -> int:
     """
     try:
         report = conversion()
-        if team.leads:
+        if team.leads and report is not None:
             show(report)
     except MegasftError as error:
         print(f"error: {error}", file=sys.stderr)

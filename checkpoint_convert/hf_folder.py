@@ -7,6 +7,8 @@ from typing import Final
 import orjson
 import torch
 
+from checkpoint_convert.files import MANIFEST
+
 WEIGHT_ENDINGS: Final = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".safetensors.index.json", ".bin.index.json"),
@@ -31,6 +33,7 @@ def side_files(folder: Path) -> list[str]:
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith(WEIGHT_ENDINGS)
+        and path.name != MANIFEST
     )
 
 

@@ -14,17 +14,17 @@ written, and an interrupted conversion goes on where it ended.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
 
 import orjson
 import torch
 
 from checkpoint_convert import hf_folder
-from checkpoint_convert.cli import Report, add_shared_arguments, exit_code
+from checkpoint_convert.cli import OWN, Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, read_model
+from checkpoint_convert.files import FORMAT, MODEL_FILE, SIDE_FOLDER
 from checkpoint_convert.hf_tensors import HFTensors
 from checkpoint_convert.megatron_writer import CheckpointWriter
 from checkpoint_convert.output_folder import (
@@ -46,11 +46,6 @@ from checkpoint_convert.tensor_map import (
 )
 from megasft.errors import ConversionError
 
-MODEL_FILE: Final = "megasft_model.json"
-SIDE_FOLDER: Final = "hf"
-FORMAT: Final = 1
-"""Of a half-written conversion; one of another number is not gone on with."""
-
 
 def convert(
     hf: Path,
@@ -59,6 +54,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     drop_mtp: bool = False,
+    check: Callable[[Path], None] | None = None,
     team: Team = ALONE,
 ) -> Report:
     """Convert a Hugging Face folder.
@@ -69,6 +65,8 @@ def convert(
         verify: Map every tensor back and compare bitwise before it is written.
         overwrite: Replace an earlier conversion.
         drop_mtp: Leave out multi-token prediction layers, which do not convert.
+        check: Told the checkpoint under its temporary name, in one process; raises when it is
+            wrong, and then it does not get its own.
         team: The processes that share the work; all of them call this.
 
     Raises:
@@ -108,6 +106,8 @@ def convert(
             writer.finish()
             names = hf_folder.copy_side_files(hf, folder / SIDE_FOLDER)
             _write_model_file(folder, model, names, left_out)
+            if check is not None:
+                check(folder)
             writer.forget_receipts()
     return Report(
         source=hf,
@@ -172,11 +172,12 @@ def _write_model_file(
     (folder / MODEL_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print; return the exit code."""
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Parse, convert, verify, print; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_convert.hf_to_megatron",
-        description="Convert a Hugging Face folder into a Megatron checkpoint for any layout.",
+        prog=prog or "python -m checkpoint_convert.hf_to_megatron",
+        description="Convert a Hugging Face folder into a Megatron checkpoint for any layout, and "
+        "verify it.",
         epilog="Large models: torchrun --nproc-per-node N -m checkpoint_convert.hf_to_megatron ... "
         "shares the work out. The same command goes on after an interruption.",
     )
@@ -189,6 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
+    from checkpoint_convert.verify.after import same_checkpoint  # which imports this module
+
+    check = None if args.no_verify else same_checkpoint(args.hf, args.output)
+    if args.engine != OWN:
+        from checkpoint_convert.engines.convert import to_megatron
+
+        return exit_code(
+            lambda: to_megatron(
+                args.engine, args.hf, args.output, overwrite=args.overwrite, check=check
+            )
+        )
     with joined() as team:
         return exit_code(
             lambda: convert(
@@ -197,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 verify=not args.no_verify,
                 overwrite=args.overwrite,
                 drop_mtp=args.drop_mtp,
+                check=check,
                 team=team,
             ),
             team,

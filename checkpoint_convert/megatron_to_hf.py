@@ -11,7 +11,7 @@ conversion keeps the shards that are whole.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from checkpoint_convert import hf_folder, hf_shards, megatron_checkpoint
-from checkpoint_convert.cli import Report, add_shared_arguments, exit_code
+from checkpoint_convert.cli import OWN, Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, parse_dtype, read_model
-from checkpoint_convert.hf_to_megatron import FORMAT, SIDE_FOLDER
+from checkpoint_convert.files import FORMAT, SIDE_FOLDER
 from checkpoint_convert.megatron_checkpoint import PieceReader
 from checkpoint_convert.output_folder import (
     describe_files,
@@ -46,6 +46,7 @@ def convert(
     max_shard_bytes: int = hf_shards.MAX_SHARD_BYTES,
     verify: bool = True,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
     team: Team = ALONE,
 ) -> Report:
     """Convert one iteration of a checkpoint.
@@ -59,6 +60,8 @@ def convert(
         max_shard_bytes: Of one safetensors file.
         verify: Map every tensor back and compare bitwise, before the dtype changes.
         overwrite: Replace an earlier conversion.
+        check: Told the folder under its temporary name, in one process; raises when it is wrong,
+            and then it does not get its own.
         team: The processes that share the work; all of them call this.
 
     Raises:
@@ -95,6 +98,8 @@ def convert(
             hf_folder.copy_side_files(side, folder)
             if dtype is not None:
                 hf_folder.set_dtype(folder, dtype)
+            if check is not None:
+                check(folder)
     return _report(reader, plan, model, source=source, output=output, is_verified=verify)
 
 
@@ -201,11 +206,13 @@ def _dtypes(stored: Sequence[torch.dtype], written: Mapping[str, torch.Tensor]) 
     return after if before == after else f"{after}, rounded from {before}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print; return the exit code."""
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Parse, convert, verify, print; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_convert.megatron_to_hf",
-        description="Convert a Megatron checkpoint into a Hugging Face folder.",
+        prog=prog or "python -m checkpoint_convert.megatron_to_hf",
+        description="Convert a Megatron checkpoint into a Hugging Face folder, and verify it.",
+        epilog="Large models: torchrun --nproc-per-node N -m checkpoint_convert.megatron_to_hf ... "
+        "shares the work out. The same command goes on after an interruption.",
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="CKPT", help="what --save named"
@@ -229,6 +236,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
+    from checkpoint_convert.verify.after import same_folder  # which imports this module
+
+    check = (
+        None
+        if args.no_verify
+        else same_folder(args.checkpoint, args.output, iteration=args.iteration)
+    )
+    if args.engine != OWN:
+        from checkpoint_convert.engines.convert import to_hf
+
+        return exit_code(
+            lambda: to_hf(
+                args.engine,
+                args.checkpoint,
+                args.output,
+                like=args.like,
+                iteration=args.iteration,
+                overwrite=args.overwrite,
+                check=check,
+            )
+        )
     with joined() as team:
         return exit_code(
             lambda: convert(
@@ -240,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_shard_bytes=int(args.max_shard_size * 1e9),
                 verify=not args.no_verify,
                 overwrite=args.overwrite,
+                check=check,
                 team=team,
             ),
             team,

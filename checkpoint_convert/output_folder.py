@@ -18,7 +18,7 @@ import orjson
 from checkpoint_convert.team import Team
 from megasft.errors import ConversionError
 
-SOURCE_FILE: Final = "source.json"
+SOURCE_FILE: Final = ".source.json"
 SLACK_BYTES: Final = 64 * 2**20
 """For what is beside the tensors: tokenizer, metadata."""
 

@@ -17,7 +17,8 @@ are refused in review.
 
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,10 @@ CPU_FLAGS: Final = (
 )
 """Megatron flags a machine without CUDA needs beside those of the local layer spec."""
 
+CUDA_ONLY: Final = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+"""Packages that Megatron uses wherever it finds them (a router's gate, a fused Adam) and that
+compute on a GPU alone. Hidden, so that a GPU machine without its GPUs is a laptop."""
+
 _prepared = False
 
 
@@ -43,8 +48,11 @@ def is_needed() -> bool:
     return _prepared or not torch.cuda.is_available()
 
 
-def prepare() -> bool:
+def prepare(*, hide: Collection[str] = CUDA_ONLY) -> bool:
     """Install the stand-ins when there is no CUDA device; once, and before Megatron is imported.
+
+    Args:
+        hide: Packages that are not to be found, though they may be installed.
 
     Returns:
         Whether Megatron will run on the CPU.
@@ -53,6 +61,8 @@ def prepare() -> bool:
     if not is_needed() or _prepared:
         return _prepared
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for name in hide:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # the import system's "no"
     _redirect_devices()
     _stand_in_for_cuda()
     _leave_out_compilers()

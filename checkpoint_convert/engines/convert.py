@@ -11,18 +11,28 @@ from pathlib import Path
 import orjson
 
 from checkpoint_convert import engines, hf_folder, megatron_checkpoint
+from checkpoint_convert.files import FORMAT, MODEL_FILE, SIDE_FOLDER
 from checkpoint_convert.hf_tensors import HFTensors
-from checkpoint_convert.hf_to_megatron import FORMAT, MODEL_FILE, SIDE_FOLDER
 from checkpoint_convert.megatron_to_hf import side_folder
-from checkpoint_convert.output_folder import describe_files, require_free, resumable_folder
+from checkpoint_convert.output_folder import (
+    SOURCE_FILE,
+    describe_files,
+    require_free,
+    resumable_folder,
+)
 from checkpoint_convert.team import ALONE
 from megasft.errors import ConversionError
 
 
 def to_megatron(
-    engine: str, hf: Path, output: Path, *, overwrite: bool, check: Callable[[Path], None]
-) -> list[str]:
-    """Convert a Hugging Face folder; return Megatron's flags.
+    engine: str,
+    hf: Path,
+    output: Path,
+    *,
+    overwrite: bool,
+    check: Callable[[Path], None] | None,
+) -> None:
+    """Convert a Hugging Face folder.
 
     Args:
         engine: A name of ``engines.ENGINES``.
@@ -56,8 +66,8 @@ def to_megatron(
             "left_out": [],
         }
         (f / MODEL_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
-        check(f)
-    return flags
+        if check is not None:
+            check(f)
 
 
 def to_hf(
@@ -68,8 +78,9 @@ def to_hf(
     like: Path | None,
     iteration: int | None,
     overwrite: bool,
-) -> Path:
-    """Convert one iteration of a checkpoint; return its folder.
+    check: Callable[[Path], None] | None,
+) -> None:
+    """Convert one iteration of a checkpoint.
 
     Args:
         engine: A name of ``engines.ENGINES``.
@@ -79,9 +90,10 @@ def to_hf(
             the original folder, weights included.
         iteration: Default: the latest.
         overwrite: Replace an earlier conversion.
+        check: Told the folder under its temporary name; raises when it is wrong.
 
     Raises:
-        ConversionError: The bridge is not there or fails.
+        ConversionError: The bridge is not there or fails, or ``check`` does.
     """
     engines.require(engine)
     side = side_folder(like, checkpoint=checkpoint)
@@ -97,10 +109,11 @@ def to_hf(
         _clear(f)
         engines.run(engine, "to-hf", [source, side, f])
         hf_folder.copy_side_files(side, f)
-    return source
+        if check is not None:
+            check(f)
 
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name != "source.json":
+        if path.name != SOURCE_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

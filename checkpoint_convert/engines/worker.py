@@ -87,7 +87,7 @@ def _dtype(config: Any) -> torch.dtype:
 
 def start() -> None:
     """Become a run of one process."""
-    cpu.prepare()
+    cpu.prepare(hide=())  # bridges build Transformer Engine's layers, without running them
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -17,7 +17,7 @@ from megasft.proof.worker import forget
 
 
 def main() -> None:
-    cpu.prepare()
+    cpu.prepare(hide=())
     cpu.skip_missing_makefile()
     from megasft.proof import forward
 

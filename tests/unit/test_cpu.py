@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,26 @@ assert torch.compile(len)("ab") == 2
 """
     )
     assert out.count("no CUDA device: Megatron runs on the CPU with gloo") == 1
+
+
+def test_packages_that_need_a_gpu_are_not_found(tmp_path: Path) -> None:
+    """Megatron's router hands its gate to Transformer Engine wherever that is installed."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("")
+    python(
+        f"""
+import importlib.util, sys
+sys.path.insert(0, {str(tmp_path)!r})
+assert importlib.util.find_spec("transformer_engine")
+from megasft import compat, cpu
+assert cpu.prepare() and not compat.has("transformer_engine")
+try:
+    import transformer_engine
+except ImportError:
+    sys.exit(0)
+sys.exit("found")
+"""
+    )
 
 
 def test_a_backward_pass_inside_a_backward_pass_still_means_the_cpu() -> None:

@@ -1,5 +1,7 @@
 """Hugging Face -> Megatron -> Hugging Face, through the disk, bit by bit."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -13,6 +15,7 @@ from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.config_map import read_model
 from checkpoint_convert.rules import same_bits
 from checkpoint_convert.tensor_map import to_hf, to_megatron
+from checkpoint_convert.verify import after, verify
 from megasft.cli.convert import convert_app
 from megasft.errors import ConversionError
 from tests.unit.checkpoint_convert.tiny_models import MODELS, make, save
@@ -100,7 +103,7 @@ def test_experts_have_the_names_that_both_layer_specs_ask_for(tmp_path: Path) ->
     assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.5_2.6" in objects
     assert "decoder.layers.mlp.shared_experts.linear_fc2._extra_state/shard_1_2" in objects
     assert "decoder.layers.pre_mlp_layernorm._extra_state/shard_0_2" in objects
-    assert len(objects) == 1 + 1 + 7 * 2 + 2 * 2 * 6
+    assert len(objects) == 1 + 1 + 5 * 2 + 2 * 2 * 6
 
 
 def test_layers_of_two_kinds_have_keys_of_their_own(tmp_path: Path) -> None:
@@ -305,18 +308,56 @@ def test_a_dtype_asked_for_is_written_to_the_configuration_too(tmp_path: Path) -
 
 
 def test_command_lines_report_and_turn_faults_into_exit_code_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the comparison that follows by default, but for the logits, which take Megatron."""
+    monkeypatch.setattr(after, "verify", partial(verify, logits=False))
     hf, megatron = save("qwen3", tmp_path / "hf"), tmp_path / "megatron"
     assert hf_to_megatron.main(["--hf", str(hf), "--output", str(megatron)]) == 0
     printed = capsys.readouterr().out
     assert "25 Hugging Face, 11 Megatron" in printed and "bitwise equal" in printed
-    assert "--qk-layernorm" in printed
+    assert "--qk-layernorm" in printed and "verified: " in printed
+    assert json.loads((megatron / "verification.json").read_bytes())["checkpoint"] == str(megatron)
     back = ["--checkpoint", str(megatron), "--output", str(tmp_path / "back")]
     assert megatron_to_hf.main([*back, "--no-verify"]) == 0
-    assert "not checked" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not checked" in printed and "verified" not in printed
     assert megatron_to_hf.main(back) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'back'} exists")
+    assert megatron_to_hf.main([*back, "--overwrite"]) == 0
+    assert "verified: " in capsys.readouterr().out
+    assert (tmp_path / "back" / "verification.json").is_file()
+
+
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_what_turns_out_wrong_does_not_get_its_name_until_it_is_taken_as_it_is(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
+) -> None:
+    """A file that is lost on the way stands for any fault."""
+    monkeypatch.setattr(after, "verify", partial(verify, logits=False))
+    hf = save("qwen3", tmp_path / "hf")
+    main, flags, module = hf_to_megatron.main, ["--hf", str(hf)], hf_to_megatron
+    if direction == "back":
+        hf_to_megatron.convert(hf, tmp_path / "megatron")
+        main, flags = megatron_to_hf.main, ["--checkpoint", str(tmp_path / "megatron")]
+    copy = module.hf_folder.copy_side_files
+
+    def lose(source: Path, target: Path) -> list[str]:
+        names = copy(source, target)
+        (target / "tokenizer.json").unlink()
+        return names
+
+    flags += ["--output", str(tmp_path / "out")]
+    monkeypatch.setattr(module.hf_folder, "copy_side_files", lose)
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert "is not the same model (files); nothing is at" in error
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
+    assert main([*flags, "--no-verify"]) == 0
+    assert (tmp_path / "out").is_dir() and not (tmp_path / ".out.partial").exists()
 
 
 def test_the_megasft_command_does_the_same(tmp_path: Path) -> None:
@@ -324,8 +365,13 @@ def test_the_megasft_command_does_the_same(tmp_path: Path) -> None:
     there = ["hf-to-megatron", "--hf", str(hf), "--output", str(megatron)]
     back = ["megatron-to-hf", "--checkpoint", str(megatron), "--output", str(tmp_path / "back")]
     for arguments in (there, back):
-        result = CliRunner().invoke(convert_app, arguments, catch_exceptions=False)
-        assert result.exit_code == 0 and "bitwise equal" in result.output
+        result = CliRunner().invoke(
+            convert_app, [*arguments, "--no-verify"], catch_exceptions=False
+        )
+        assert result.exit_code == 0 and "round trip  not checked" in result.output
+    compared = ["--hf", str(hf), "--checkpoint", str(megatron), "--no-logits"]
+    result = CliRunner().invoke(convert_app, ["verify", *compared], catch_exceptions=False)
+    assert result.exit_code == 0 and "verified: " in result.output
     assert (hf / "model.safetensors").read_bytes() == (
         tmp_path / "back" / "model.safetensors"
     ).read_bytes()

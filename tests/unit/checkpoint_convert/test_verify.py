@@ -172,6 +172,12 @@ def test_a_vocabulary_that_is_off_by_one_fails(folder: Path) -> None:
     assert "vocab_size is 98 and not 99" in verification.check("returned config").detail
 
 
+def test_a_folder_that_transformers_cannot_load_is_a_check_that_failed(folder: Path) -> None:
+    edit_json(folder / "hf" / "config.json", lambda c: c.update(vocab_size=99))
+    one = verify(folder / "hf", folder / "megatron", by_layer=False).check("logits")
+    assert "transformers cannot run" in one.detail and "AutoModelForCausalLM" in one.detail
+
+
 def test_a_tensor_that_another_family_has_is_named(folder: Path, tmp_path: Path) -> None:
     hf = save("qwen2", tmp_path / "qwen2")
     verification = verify(hf, folder / "megatron", logits=False)
@@ -219,6 +225,16 @@ def test_the_command_line_says_the_verdict_by_its_exit_code(
 def test_a_record_that_cannot_be_written_is_an_error(folder: Path) -> None:
     with pytest.raises(ConversionError, match="name another place with --manifest"):
         run(folder, manifest=folder / "nowhere" / "record.json")
+
+
+def test_a_folder_without_its_name_yet_is_recorded_under_it(folder: Path) -> None:
+    final = folder / "final"
+    verification = verify(
+        folder / "hf", folder / "megatron", logits=False, called={folder / "megatron": final}
+    )
+    assert verification.is_ok and verification.checkpoint == str(final) and not final.exists()
+    record = orjson.loads((folder / "megatron" / "verification.json").read_bytes())
+    assert record["checkpoint"] == str(final) and record["hf"] == str(folder / "hf")
 
 
 def test_show_prints_every_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,4 +297,7 @@ def test_a_failure_is_told_by_the_end_of_its_traceback() -> None:
     text = 'Traceback (most recent call last):\n  File "a.py", line 3, in f\n    g()\n'
     text += '  File "b.py", line 9, in g\n    raise ValueError()\nValueError: 3 is odd\n'
     assert reason(text) == "ValueError: 3 is odd"
+    text = "[rank0]: KeyError: 'x'\nE1121 11:30 torch/distributed/elastic/api.py] failed\nmore\n"
+    assert reason(text) == "KeyError: 'x'"
+    assert "memory runs out" in reason(text + "exitcode: -9, Signal 9 (SIGKILL) received")
     assert reason("") == "Megatron's processes ended without a word"
