@@ -15,6 +15,7 @@ from checkpoint_convert.megatron_checkpoint import PieceReader, find_iteration
 from checkpoint_convert.pieces import pieces
 from checkpoint_convert.rules import same_bits
 from checkpoint_convert.tensor_map import to_hf
+from checkpoint_convert.verify import Layout, verify
 from megasft.errors import ConversionError
 from tests.megatron.runs import train
 from tests.stores import random_samples, write_store
@@ -95,39 +96,68 @@ def test_padded_vocabulary_rows_are_cut_off(trained: Path, tmp_path: Path) -> No
 
 
 TP = ("--tensor-model-parallel-size", 2)
+PP = ("--pipeline-model-parallel-size", 2)
 EP = ("--expert-model-parallel-size", 2)
+LAYOUTS: dict[str, tuple[object, ...]] = {
+    "qwen2": TP,
+    "qwen3": TP,
+    "qwen2_moe": EP,
+    "deepseek_v3_dense_first": EP,
+    "qwen3_moe": (*TP, *EP, "--expert-tensor-parallel-size", 1, "--sequence-parallel"),
+}
+
+
+def run_flags(folder: Path, name: str, *more: object) -> list[str]:
+    """Return the flags of a run that starts from ``name`` and saves beside it."""
+    return [
+        str(flag)
+        for flag in (
+            *("--megasft-data", folder / "store", "--megasft-hf", folder / name),
+            *("--save", folder / f"{name}_run", "--calculate-per-token-loss"),
+            *("--seq-length", 64, "--micro-batch-size", 1, "--global-batch-size", 2),
+            *("--eval-interval", 1, *more),
+        )
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        *(("qwen2", TP), ("qwen3", TP), ("qwen2_moe", EP), ("deepseek_v3_dense_first", EP)),
-        ("qwen3_moe", (*TP, *EP, "--expert-tensor-parallel-size", 1, "--sequence-parallel")),
-    ],
-)
-def test_a_run_that_changes_nothing_gives_back_the_model_it_started_from(
-    tmp_path: Path, name: str, layout: tuple[object, ...]
-) -> None:
+def test_a_run_that_changes_nothing_gives_back_the_model_it_started_from(tmp_path: Path) -> None:
     """What users do: convert, train in parallel with a distributed optimizer, convert back.
 
     Mirrors ``save_checkpoint`` (Megatron 0.19.2) with optimizer state in the same files. A learning
     rate of 0 leaves every bit alone, the bias of a router included; ``test_converted_families``
     covers that weights matter.
     """
-    hf = save(name, tmp_path / "hf")
-    hf_to_megatron.convert(hf, tmp_path / "megatron")
-    store = write_store(tmp_path / "store", random_samples(20, seed=1, vocab=98), vocab_size=98)
-    flags = ("--megasft-data", store.path, "--megasft-hf", tmp_path / "megatron")
-    flags += ("--save", tmp_path / "run", "--save-interval", 1, "--use-distributed-optimizer")
-    flags += (*layout, "--calculate-per-token-loss")
-    flags += ("--seq-length", 64, "--micro-batch-size", 1, "--global-batch-size", 2)
-    flags += ("--train-iters", 1, "--lr", 0, "--eval-interval", 1)
-    train(2, [list(map(str, flags))], tmp_path / "logs")
+    write_store(tmp_path / "store", random_samples(20, seed=1, vocab=98), vocab_size=98)
+    for name in LAYOUTS:
+        hf_to_megatron.convert(save(name, tmp_path / f"{name}_hf"), tmp_path / name)
+    still = ("--train-iters", 1, "--lr", 0, "--save-interval", 1, "--use-distributed-optimizer")
+    runs = [run_flags(tmp_path, name, *still, *layout) for name, layout in LAYOUTS.items()]
+    train(2, runs, tmp_path / "logs")
+    for name in LAYOUTS:
+        run, hf, back = (tmp_path / f"{name}_{part}" for part in ("run", "hf", "back"))
+        entries = FileSystemReader(run / "iter_0000001").read_metadata()
+        assert sum("optimizer" in key for key in entries.state_dict_metadata) > 10
+        report = megatron_to_hf.convert(run, back, like=tmp_path / name)
+        before, after = (load_file(d / "model.safetensors") for d in (hf, back))
+        assert after.keys() == before.keys() and report.num_hf_tensors == len(before)
+        assert all(same_bits(after[key], before[key]) for key in before), name
 
-    entries = FileSystemReader(tmp_path / "run" / "iter_0000001").read_metadata()
-    assert sum("optimizer" in key for key in entries.state_dict_metadata) > 10
-    report = megatron_to_hf.convert(tmp_path / "run", tmp_path / "back", like=tmp_path / "megatron")
-    before, after = (load_file(d / "model.safetensors") for d in (hf, tmp_path / "back"))
-    assert after.keys() == before.keys() and report.num_hf_tensors == len(before)
-    assert all(same_bits(after[key], before[key]) for key in before)
+
+@pytest.mark.slow
+def test_what_was_trained_in_parallel_and_exported_computes_what_megatron_computes(
+    tmp_path: Path,
+) -> None:
+    """Five steps at TP 2 x PP 2, exported at once; transformers against Megatron at TP 1."""
+    write_store(tmp_path / "store", random_samples(40, seed=2, vocab=98), vocab_size=98)
+    hf_to_megatron.convert(save("qwen3", tmp_path / "hf"), tmp_path / "qwen3")
+    steps = ("--train-iters", 5, "--lr", 1e-3, "--save-interval", 5, *TP, *PP)
+    train(4, [run_flags(tmp_path, "qwen3", *steps)], tmp_path / "logs")
+    run, back = tmp_path / "qwen3_run", tmp_path / "back"
+    megatron_to_hf.convert(run, back, like=tmp_path / "qwen3")
+    found = verify(back, run, layouts=[Layout()])
+    assert found.is_ok, found.failures
+    logits = found.check("logits TP 1").figures
+    assert logits["max_difference"] <= 5e-6 and logits["tokens"] > 100
+    before, after = (load_file(d / "model.safetensors") for d in (tmp_path / "hf", back))
+    assert all((after[key] - before[key]).abs().max() > 1e-3 for key in before)
