@@ -31,7 +31,20 @@ NUM_CHARACTERS: Final = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What the worker reads; see ``megasft.proof.forward.Case``."""
+    """One checkpoint and layout.
+
+    Attributes:
+        model_flags: Of the model, when ``checkpoint`` has no flags file.
+        flags: Of the layout.
+        checkpoint: What ``--save`` named, or a converted checkpoint.
+        iteration: Name of the folder in it, ``release`` for a conversion.
+        documents: Token ids, laid end to end in one row.
+        output: File of the logits, float32 [tokens, vocabulary]. Beside it ``.error`` says why
+            there are none, and ``.layers`` holds what was found layer by layer.
+        rounded_to: dtype that parameters are rounded to before they are used.
+        hidden: Folder with Hugging Face's hidden states, to go layer by layer; else the whole
+            model is in memory.
+    """
 
     model_flags: tuple[str, ...]
     flags: tuple[str, ...]

@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import traceback
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ from typing import Any, Final
 import orjson
 import torch
 
+from checkpoint_convert.verify import workers
 from megasft import cpu
 from megasft.errors import ConversionError, MegasftError
 from megasft.training import arguments
@@ -55,31 +55,10 @@ OF_ANY_MODEL: Final = frozenset(
 """Flags that change what the same tensors compute, compared also where no model file sets them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One checkpoint and layout.
+class Case(workers.Case):
+    """One checkpoint and layout, as the worker sees it."""
 
-    Attributes:
-        model_flags: Of the model, when ``checkpoint`` has no flags file.
-        flags: Of the layout.
-        checkpoint: What ``--save`` named, or a converted checkpoint.
-        iteration: Name of the folder in it, ``release`` for a conversion.
-        documents: Token ids, laid end to end in one row.
-        output: File of the logits, float32 [tokens, vocabulary]. Beside it ``.error`` says why
-            there are none, and ``.layers`` holds what was found layer by layer.
-        rounded_to: dtype that parameters are rounded to before they are used.
-        hidden: Folder with Hugging Face's hidden states, to go layer by layer; else the whole
-            model is in memory.
-    """
-
-    model_flags: tuple[str, ...]
-    flags: tuple[str, ...]
-    checkpoint: str
-    iteration: str
-    documents: tuple[tuple[int, ...], ...]
-    output: str
-    hidden: str | None = None
-    rounded_to: str | None = None
+    __slots__ = ()
 
     @property
     def row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
