@@ -13,6 +13,7 @@ written, and an interrupted conversion goes on where it ended.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -194,6 +195,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
     check = None if args.no_verify else same_checkpoint(args.hf, args.output)
     if args.engine != OWN:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.error(f"--engine {args.engine} works in one process; start it without torchrun")
         from checkpoint_convert.engines.convert import to_megatron
 
         return exit_code(

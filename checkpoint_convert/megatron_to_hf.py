@@ -10,6 +10,7 @@ conversion keeps the shards that are whole.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,6 +245,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         else same_folder(args.checkpoint, args.output, iteration=args.iteration)
     )
     if args.engine != OWN:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.error(f"--engine {args.engine} works in one process; start it without torchrun")
         from checkpoint_convert.engines.convert import to_hf
 
         return exit_code(

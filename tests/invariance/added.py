@@ -23,19 +23,18 @@ class Added(NamedTuple):
 
 
 def added_gradients(
-    layouts: Sequence[Layout],
-    objectives: Sequence[str],
+    pairs: Sequence[tuple[Layout, str]],
     *,
     flags: Callable[[Layout, str, bool], list[str]],
     folder: Path,
 ) -> list[Added]:
-    """Run every layout and objective twice; ``flags`` gets whether the side loss is on."""
+    """Run every pair of layout and objective twice; ``flags`` gets whether the side loss is on."""
     found = []
-    for ranks in sorted({layout.ranks for layout in layouts}):
-        pairs = [(x, o) for x in layouts if x.ranks == ranks for o in objectives]
-        runs = [flags(x, o, is_on) for x, o in pairs for is_on in (False, True)]
+    for ranks in sorted({layout.ranks for layout, _ in pairs}):
+        here = [(x, o) for x, o in pairs if x.ranks == ranks]
+        runs = [flags(x, o, is_on) for x, o in here for is_on in (False, True)]
         records = [torch.load(r) for r in record_all(ranks, runs, folder / f"runs{ranks}")]
-        for (layout, objective), off, on in zip(pairs, records[::2], records[1::2], strict=True):
+        for (layout, objective), off, on in zip(here, records[::2], records[1::2], strict=True):
             without, with_it = off["gradients"], on["gradients"]
             gradients = {n: with_it[n].double() - without[n].double() for n in without}
             found.append(Added(layout, objective, gradients))

@@ -22,6 +22,12 @@ LAYOUTS = (
     Layout(4, tp=2, sp=True, cp=2, ep=2),
     Layout(4, pp=2, vp=2, ep=2),
 )
+# The divisor is scaled in one place for all layouts, so the other objectives take those that cut
+# rows and experts.
+PAIRS = (
+    *((layout, "turn") for layout in LAYOUTS),
+    *((LAYOUTS[i], objective) for objective in ("sample", "token") for i in (4, 5)),
+)
 
 
 def test_router_losses_add_the_same_gradient_on_every_layout(tmp_path: Path) -> None:
@@ -36,9 +42,8 @@ def test_router_losses_add_the_same_gradient_on_every_layout(tmp_path: Path) -> 
     def flags(layout: Layout, objective: str, is_on: bool) -> list[str]:
         return [*world.flags(layout, OBJECTIVES[objective]), *(side if is_on else ())]
 
-    objectives = ("turn", "sample", "token")
-    runs = added_gradients(LAYOUTS, objectives, flags=flags, folder=tmp_path)
-    assert len(runs) == len(LAYOUTS) * len(objectives)
+    runs = added_gradients(PAIRS, flags=flags, folder=tmp_path)
+    assert len(runs) == len(PAIRS)
 
     world.hf.zero_grad()
     rows = [padded_documents(row) for row in world.first_rows()]

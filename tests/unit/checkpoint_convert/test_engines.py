@@ -46,6 +46,16 @@ def test_a_bridge_that_is_not_installed_is_named_with_the_remedy(
         engines.require("swift")
 
 
+def test_a_bridge_works_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for main, source in ((hf_to_megatron.main, "--hf"), (megatron_to_hf.main, "--checkpoint")):
+        with pytest.raises(SystemExit):
+            main([source, "a", "--output", "b", "--engine", "mcore-bridge"])
+        assert "start it without torchrun" in capsys.readouterr().err
+
+
 def test_a_bridges_configuration_becomes_megatrons_flags() -> None:
     """Every name in the table is one that Megatron's parser has: none is lost in silence."""
     parser = megatron_parser()
