@@ -1,13 +1,13 @@
-"""``megasft inspect``: what a token store holds, and one conversation as it is trained."""
+"""``megasft inspect``: what a token store holds, on the terminal and as a page."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from megasft.cli.marked_text import open_tokenizer, print_sample
 from megasft.errors import FlagError
 
 if TYPE_CHECKING:
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from megasft.data.report import Bin, CategoryRow
     from megasft.store import TokenStore
 
-OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
-"""What stands around trained text where there is no colour."""
 _BAR_WIDTH: Final = 40
 
 
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="folder made by megasft build")],
     sample: Annotated[int, typer.Option(min=0, help="which conversation to show")] = 0,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write a page too: who gets the gradient, 50 samples"),
+    ] = None,
     width: Annotated[int, typer.Option(min=0, help="columns; 0: as wide as the terminal")] = 0,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="if the tokenizer is not where it was")
@@ -34,43 +36,32 @@ def inspect(
     `megasft inspect store --sample 7`
 
     Trained text is green, the rest is dim. Without colour (NO_COLOR, a pipe) it stands in ⟦ ⟧.
+
+    `megasft inspect store --html store.html`
+
+    The page is one file that opens in any browser and loads nothing. Beside the numbers above it
+    shows which **share of the loss** each category and each length gets under token, sample and
+    turn weighting (look at it before you choose `--megasft-loss`), and up to fifty conversations
+    with the trained tokens coloured and the special tokens framed.
     """
     from rich.console import Console
 
-    from megasft.data.report import category_rows, length_histogram
+    from megasft.data.report import category_rows, facts, length_histogram
     from megasft.store import open_store
 
     opened = open_store(store)
     if sample >= len(opened):
         raise FlagError(f"--sample {sample}: {store} has samples 0 to {len(opened) - 1:,}")
     console = Console(width=width or None, highlight=False)
-    _print_counts(console, opened)
+    console.print(f"[bold]{opened.path}[/bold]")
+    for name, value in facts(opened):
+        console.print(f"  {name:<12}{value}", markup=False)
     _print_categories(console, category_rows(opened))
     _print_histogram(console, length_histogram(opened.tokens.lengths))
-    _print_sample(console, opened, sample, tokenizer)
-
-
-def _print_counts(console: Console, store: TokenStore) -> None:
-    counts, meta = store.meta["counts"], store.meta
-    tokens, labels = counts["tokens"], counts["label_tokens"]
-    lines = [
-        ("samples", f"{counts['samples']:,} of {counts['conversations']:,} conversations"),
-        ("turns", f"{counts['turns']:,}"),
-        ("tokens", f"{tokens:,}, of which {labels:,} trained ({100 * labels / tokens:.1f} %)"),
-        ("tokenizer", f"{meta['tokenizer']['path']}, {meta['vocab_size']:,} ids"),
-        ("sources", ", ".join(source["path"] for source in meta["sources"])),
-        ("fingerprint", store.fingerprint),
-    ]
-    lines += [("rejected", f"{n:,} x {reason}") for reason, n in counts["rejected"].items()]
-    if counts["turns_without_stop"]:
-        lines.append(("warning", f"{counts['turns_without_stop']:,} turns have no stop token"))
-    if counts["border_tokens"]:
-        lines.append(
-            ("warning", f"{counts['border_tokens']:,} tokens lie half in an answer, not trained")
-        )
-    console.print(f"[bold]{store.path}[/bold]")
-    for name, value in lines:
-        console.print(f"  {name:<12}{value}", markup=False)
+    loaded = open_tokenizer(opened, tokenizer)
+    print_sample(console, opened, sample, loaded)
+    if html is not None:
+        _write_page(console, opened, loaded, html)
 
 
 def _print_categories(console: Console, rows: list[CategoryRow]) -> None:
@@ -91,30 +82,16 @@ def _print_histogram(console: Console, bins: list[Bin]) -> None:
         console.print(f"  {low:>9,} - {high - 1:>9,}{count:>10,} {bar}", markup=False)
 
 
-def _print_sample(console: Console, store: TokenStore, index: int, tokenizer: Path | None) -> None:
-    from rich.text import Text
+def _write_page(console: Console, store: TokenStore, tokenizer: Any, path: Path) -> None:
+    from megasft.data.page import MAX_CONVERSATIONS, page
 
-    from megasft.data.report import pieces
-    from megasft.data.tokenize import load_tokenizer
-
-    folder = tokenizer or Path(store.meta["tokenizer"]["path"])
-    if not folder.is_dir():
-        raise FlagError(f"the tokenizer is not at {folder} any more; say where with --tokenizer")
-    coloured = console.is_terminal and "NO_COLOR" not in os.environ
-    text = Text()
-    for piece in pieces(store, index, load_tokenizer(folder)):
-        if coloured:
-            text.append(piece.text, style="green" if piece.trained else "dim")
-        else:
-            text.append(f"{OPEN_MARK}{piece.text}{CLOSE_MARK}" if piece.trained else piece.text)
-    if coloured:
-        legend = Text.assemble(("green", "green"), " is trained, ", ("dim", "dim"), " is context")
-    else:
-        legend = Text(f"{OPEN_MARK}trained{CLOSE_MARK}, the rest is context")
-    sample = store.sample(index)
-    head = (
-        f"sample {index:,} ({store.source_line(index)}): {len(sample.tokens):,} tokens, "
-        f"{int(sample.turns[:, 1].sum()):,} trained in {len(sample.turns)} turn(s); "
-    )
-    console.print(Text.assemble("\n", (head, "bold"), legend), soft_wrap=True)
-    console.print(text, soft_wrap=True)
+    data = page(store, tokenizer).encode()
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise FlagError(
+            f"--html {path} cannot be written ({error.strerror}); name a file in an existing folder"
+        ) from None
+    shown = min(len(store), MAX_CONVERSATIONS)
+    text = f"\npage: {path} ({len(data) / 1e3:,.0f} kB, {shown:,} of {len(store):,} samples)"
+    console.print(text, markup=False, soft_wrap=True)

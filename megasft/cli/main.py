@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from megasft.cli import build, convert, inspect, prove
+from megasft.cli import build, convert, inspect, prove, trace
 from megasft.errors import MegasftError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 # One line a command: a function of its name, or a Typer app where it has sub-commands.
 app.command("build")(build.build)
 app.command("inspect")(inspect.inspect)
+app.command("trace")(trace.trace)
 app.command("prove")(prove.prove)
 app.add_typer(convert.convert_app, name="convert")
 
@@ -41,11 +42,15 @@ def megasft() -> None:
 
     **2.** look at it, above all at what is trained:
 
-    `megasft inspect store`
+    `megasft inspect store --html store.html`
 
     **3.** train on it with any Megatron flags:
 
     `torchrun -m megasft.pretrain_sft --megasft-data store ...`
+
+    **what did step 812 train?**
+
+    `megasft trace store --step 812 --seq-length 4096 --global-batch-size 64`
 
     **proof:** the same loss and gradients on every layout, on this machine:
 

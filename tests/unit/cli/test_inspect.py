@@ -53,3 +53,24 @@ def test_a_sample_that_is_not_there_is_refused(store: Path, megasft: Megasft) ->
     seen = megasft("inspect", store, "--sample", 2)
     assert seen.code == 1
     assert "has samples 0 to 1" in seen.err
+
+
+def test_a_page_is_written_beside_what_is_printed(
+    store: Path, tmp_path: Path, megasft: Megasft
+) -> None:
+    printed = megasft("inspect", store).out
+    file = tmp_path / "page.html"
+    seen = megasft("inspect", store, "--html", file)
+    assert seen.code == 0
+    assert seen.out.startswith(printed)
+    assert f"page: {file} (" in seen.out
+    assert "2 of 2 samples)" in seen.out
+    assert "[b]Yo[/b]" in file.read_text()
+    megasft("inspect", store, "--html", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == file.read_bytes()
+
+
+def test_a_page_that_cannot_be_written_is_refused(store: Path, megasft: Megasft) -> None:
+    seen = megasft("inspect", store, "--html", store / "no" / "page.html")
+    assert seen.code == 1
+    assert "cannot be written (No such file or directory)" in seen.err

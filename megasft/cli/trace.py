@@ -1,0 +1,212 @@
+"""``megasft trace``: from a sample to its source line, and between samples, rows and steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+
+import typer
+
+from megasft.cli.marked_text import open_tokenizer, print_sample
+from megasft.errors import FlagError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megasft.packing.plan import RowPlan
+    from megasft.store import TokenStore
+
+DEFAULT_SEED: Final = 1234
+"""Megatron's own default of ``--seed``."""
+DEFAULT_ALIGN_TOKENS: Final = 8
+"""Default of ``--megasft-align-tokens``; it already covers context parallelism up to 4."""
+
+
+class _Run(NamedTuple):
+    """A training run as far as it decides which rows a step trains."""
+
+    plan: RowPlan
+    global_batch_size: int
+    seed: int
+
+
+def trace(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder made by megasft build")],
+    sample: Annotated[int | None, typer.Option(min=0, help="sample to show, from 0")] = None,
+    row: Annotated[int | None, typer.Option(min=0, help="row of the plan, from 0")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="iteration as Megatron logs it, from 1")
+    ] = None,
+    seq_length: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="the run's --seq-length")
+    ] = None,
+    global_batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="B", help="the run's --global-batch-size")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", help=f"the run's --seed, or {DEFAULT_SEED}")
+    ] = None,
+    align_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="A",
+            help="least common multiple of --megasft-align-tokens and, with context parallelism, "
+            f"2 x CP; or {DEFAULT_ALIGN_TOKENS}",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="if the tokenizer is not where it was")
+    ] = None,
+) -> None:
+    """Follow training data: what a sample is, which samples make a row, what a step trained.
+
+    `megasft trace store --sample 7`
+
+    prints its source file and line, category, turns and text, the trained part marked. With
+    `--seq-length` (and `--global-batch-size`) also the row it is in (and the step that trains it).
+
+    `megasft trace store --row 3 --seq-length 4096`
+
+    prints the samples of a row of the plan.
+
+    `megasft trace store --step 812 --seq-length 4096 --global-batch-size 64`
+
+    prints the samples of a step, say one where the loss jumped. Rows and order come from the code
+    that trains, so they are the run's if store, length, seed and alignment are (and the run has no
+    --rampup-batch-size and did not change its batch size).
+    """
+    from rich.console import Console
+
+    from megasft.store import open_store
+
+    _check_flags(
+        {"--sample": sample, "--row": row, "--step": step},
+        {"--seq-length": seq_length, "--global-batch-size": global_batch_size},
+        {"--seed": seed, "--align-tokens": align_tokens},
+    )
+    if tokenizer is not None and sample is None:
+        raise FlagError("--tokenizer has no effect without --sample; leave it out")
+    opened = open_store(store)
+    console = Console(highlight=False, soft_wrap=True)
+    if sample is not None:
+        _require_below(len(opened), sample, f"--sample {sample}: {store} has samples")
+        _print_turns(console, opened, sample)
+        print_sample(console, opened, sample, open_tokenizer(opened, tokenizer))
+    if seq_length is None:
+        return
+    seed = DEFAULT_SEED if seed is None else seed
+    plan = _plan(opened, seq_length, align_tokens or DEFAULT_ALIGN_TOKENS, seed)
+    run = None if global_batch_size is None else _Run(plan, global_batch_size, seed)
+    if sample is not None:
+        row = _print_place(console, plan, sample)
+    elif row is not None:
+        _require_below(
+            len(plan), row, f"--row {row}: at --seq-length {seq_length} the plan has rows"
+        )
+        _print_row(console, opened, plan, row)
+    if run is not None and row is not None:
+        _print_first_step(console, run, row)
+    if run is not None and step is not None:
+        _print_step(console, opened, run, step)
+
+
+def _check_flags(
+    what: dict[str, int | None], sizes: dict[str, int | None], plan: dict[str, int | None]
+) -> None:
+    """Refuse what is missing, and what would have no effect."""
+    given = [flag for flag, value in what.items() if value is not None]
+    if len(given) != 1:
+        raise FlagError(
+            f"{', '.join(given) or 'none of them'} is given; trace takes exactly one of "
+            f"{', '.join(what)}"
+        )
+    if sizes["--seq-length"] is None:
+        if given != ["--sample"]:
+            raise FlagError(f"{given[0]} needs --seq-length, the tokens of a row in the run")
+        for flag, value in (sizes | plan).items():
+            if value is not None:
+                raise FlagError(f"{flag} has no effect without --seq-length; give that too")
+    if given == ["--step"] and sizes["--global-batch-size"] is None:
+        raise FlagError("--step needs --global-batch-size, the rows of a step in the run")
+
+
+def _require_below(num: int, value: int, fact: str) -> None:
+    if value >= num:
+        raise FlagError(f"{fact} 0 to {num - 1:,}")
+
+
+def _plan(store: TokenStore, seq_length: int, align_tokens: int, seed: int) -> RowPlan:
+    from megasft.packing.plan import plan_rows
+
+    return plan_rows(store, row_tokens=seq_length, align_tokens=align_tokens, seed=seed)
+
+
+def _print_turns(console: Console, store: TokenStore, index: int) -> None:
+    from megasft.data.report import categories_of
+
+    turns = store.sample(index).turns.tolist()
+    console.print(f"{store.source_line(index)}", markup=False, style="bold")
+    console.print(f"  category    {categories_of(store, index)}", markup=False)
+    console.print(f"  tokens      {int(store.tokens.lengths[index]):,}", markup=False)
+    for number, (start, num_tokens, _, message) in enumerate(turns):
+        text = (
+            f"  turn {number:<7}tokens {start:,} to {start + num_tokens - 1:,} trained "
+            f"({num_tokens:,} labels), message {message}"
+        )
+        console.print(text, markup=False)
+    if not turns:
+        console.print("  turns       none: nothing of it is trained", markup=False)
+
+
+def _print_place(console: Console, plan: RowPlan, sample: int) -> int | None:
+    from megasft.packing.locate import row_of_sample
+
+    row = row_of_sample(plan, sample)
+    if row is None:
+        console.print(f"\nlonger than a row of {plan.row_tokens:,} tokens: left out in training")
+    else:
+        console.print(f"\nin row {row:,} of rows 0 to {len(plan) - 1:,}")
+    return row
+
+
+def _print_first_step(console: Console, run: _Run, row: int) -> None:
+    from megasft.packing.locate import first_step_of_row
+
+    size = run.global_batch_size
+    step = first_step_of_row(run.plan, row, global_batch_size=size, seed=run.seed)
+    console.print(f"trained first at step {step:,}; once in each epoch of {len(run.plan):,} rows")
+
+
+def _print_row(console: Console, store: TokenStore, plan: RowPlan, row: int) -> None:
+    from megasft.data.report import categories_of
+
+    samples = plan.rows[row].tolist()
+    head = (
+        f"row {row:,}: {len(samples):,} samples, {int(plan.turns[row]):,} turns, "
+        f"{int(plan.labels[row]):,} labels, {int(plan.tokens[row]):,} of {plan.row_tokens:,} tokens"
+    )
+    console.print(head, style="bold")
+    start = 0
+    for index in samples:
+        num_tokens = int(store.tokens.lengths[index])
+        text = (
+            f"  sample {index:<9}{num_tokens:>9,} tokens at {start:<9,} "
+            f"{categories_of(store, index)}  {store.source_line(index)}"
+        )
+        console.print(text, markup=False)
+        start += -(-num_tokens // plan.align_tokens) * plan.align_tokens
+
+
+def _print_step(console: Console, store: TokenStore, run: _Run, step: int) -> None:
+    from megasft.packing.locate import rows_of_step
+
+    plan, size, _ = run
+    rows = rows_of_step(plan, step=step, global_batch_size=size, seed=run.seed)
+    first, last = (step - 1) * size // len(plan), (step * size - 1) // len(plan)
+    epochs = f"epoch {first + 1:,}" if first == last else f"epochs {first + 1:,} to {last + 1:,}"
+    console.print(
+        f"step {step:,}: {size:,} rows, {epochs} (an epoch is {len(plan) / size:,.2f} steps)\n"
+    )
+    for row in rows:
+        _print_row(console, store, plan, row)
