@@ -274,7 +274,8 @@ class TokenStore:
         """Return ``file:17`` (or ``file:record 17``) of the conversation a sample was made from."""
         number, line = (int(x) for x in self.lineage[index])
         source = self.meta["sources"][number]
-        return f"{source['path']}:{'record ' if source.get('kind') == 'json list' else ''}{line}"
+        has_lines = source.get("kind", "jsonl") == "jsonl"
+        return f"{source['path']}:{'' if has_lines else 'record '}{line}"
 
 
 def open_store(path: Path | str) -> TokenStore:

@@ -32,6 +32,15 @@ class Format(StrEnum):
     MESSAGES = "messages"
     SHAREGPT = "sharegpt"
     PROMPT = "prompt"
+    ALPACA = "alpaca"
+
+
+class TrainOn(StrEnum):
+    """Which assistant messages are trained."""
+
+    ALL_TURNS = "all-turns"
+    LAST_TURN = "last-turn"
+    LABELS = "labels"
 
 
 class InText(StrEnum):
@@ -44,7 +53,12 @@ class InText(StrEnum):
 def build(
     inputs: Annotated[
         list[Path],
-        typer.Option("--input", "-i", metavar="FILE...", help="jsonl file, or one JSON list"),
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE...",
+            help="jsonl, JSON list (.gz, .zst), parquet, arrow; a folder or 'glob' of them",
+        ),
     ],
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="folder of the model's tokenizer")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="folder to make")],
@@ -59,6 +73,29 @@ def build(
     response_key: Annotated[
         str, typer.Option(metavar="FIELD", help="assistant's text, for records without messages")
     ] = "response",
+    system_key: Annotated[
+        str, typer.Option(metavar="FIELD", help="system message beside a prompt")
+    ] = "",
+    query_key: Annotated[
+        str, typer.Option(metavar="FIELD", help="continues the prompt on a line of its own")
+    ] = "",
+    train_on: Annotated[
+        TrainOn,
+        typer.Option(
+            help="all-turns: all answers but those labelled 0; last-turn: the last, unless "
+            "labelled 0; labels: those labelled 1"
+        ),
+    ] = TrainOn.ALL_TURNS,
+    category: Annotated[
+        str, typer.Option(metavar="NAME", help="category of records that name none")
+    ] = "",
+    category_key: Annotated[
+        str, typer.Option(metavar="FIELD", help="field of the category, instead of meta")
+    ] = "",
+    category_from_file: Annotated[
+        bool,
+        typer.Option("--category-from-file", help="the file's name, for records that name none"),
+    ] = False,
     special_tokens_in_text: Annotated[
         InText,
         typer.Option(help="a text that holds e.g. <|im_end|>: reject the record, or keep it as is"),
@@ -79,10 +116,12 @@ def build(
     `megasft build --input chats.jsonl --tokenizer ./Qwen3-0.6B --output store`
 
     A line is `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}]}`; roles
-    are system, user, assistant and tool. ShareGPT (`conversations`, `from`, `value`) works as it
-    is; two plain fields are named: `--prompt-key question --response-key answer`. Every assistant
-    message and its end-of-turn token is trained, unless `"labels": [0, 0, 1, ...]` (one a message)
-    says otherwise.
+    are system, user, assistant and tool. Each record may be of another format: `messages`,
+    `sharegpt` (`conversations`, `from`, `value`), `alpaca` (`instruction`, `input`, `output`,
+    `system`, `history`) or `prompt` (`prompt` with `response`, `answer` or `completion`;
+    `question` with `answer`). Other fields are named: `--prompt-key ask --response-key reply`.
+    Every assistant message and its end-of-turn token is trained, unless `"labels": [0, 0, 1, ...]`
+    (one a message) or `--train-on` says otherwise.
 
     **Bad records:** all input is read and each bad record reported as file:line with its reason. If
     there is one, no store is made and the exit code is 1; `--skip-bad` makes the store without
@@ -93,14 +132,22 @@ def build(
     from megasft.data.build import BuildOptions
     from megasft.data.build import build as build_store
     from megasft.data.formats import FieldMap
+    from megasft.data.inputs import find_files
     from megasft.data.tokenize import Recipe
 
-    if format not in (Format.AUTO, Format.PROMPT) and (
-        (prompt_key, response_key) != ("prompt", "response")
-    ):
-        raise FlagError(f"--prompt-key and --response-key have no effect with --format {format}")
-    files = (*inputs, *(more_inputs or ()))
-    fields = FieldMap(format.value, prompt_key, response_key)
+    _require_effect(format, (prompt_key, response_key), (system_key, query_key))
+    if category and category_from_file:
+        raise FlagError("--category and --category-from-file name the same thing; drop one")
+    files = tuple(find_files((*inputs, *(more_inputs or ()))))
+    fields = FieldMap(
+        format.value,
+        prompt_key,
+        response_key,
+        system_key,
+        query_key,
+        category_key,
+        train_on.value,
+    )
     keep = special_tokens_in_text is InText.KEEP
     options = BuildOptions(
         inputs=files,
@@ -109,11 +156,20 @@ def build(
         num_workers=workers or _fitting_workers(files),
         skip_bad=skip_bad,
         overwrite=overwrite,
+        category=category,
+        category_from_file=category_from_file,
     )
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with _bar(console, files) as on_bytes:
         tally = build_store(options, on_bytes=on_bytes, on_rejected=_Complaints(console))
     _print_result(options, tally)
+
+
+def _require_effect(format: Format, pair: tuple[str, str], beside: tuple[str, str]) -> None:
+    if format not in (Format.AUTO, Format.PROMPT) and pair != ("prompt", "response"):
+        raise FlagError(f"--prompt-key and --response-key have no effect with --format {format}")
+    if format in (Format.MESSAGES, Format.SHAREGPT) and any(beside):
+        raise FlagError(f"--system-key and --query-key have no effect with --format {format}")
 
 
 def _fitting_workers(files: tuple[Path, ...]) -> int:

@@ -20,7 +20,8 @@ import orjson
 
 import megasft
 from megasft.data.categories import Categories
-from megasft.data.conversation import BadRecordError
+from megasft.data.conversation import BadRecordError, Category
+from megasft.data.inputs import category_of, find_files
 from megasft.data.read import Chunk, Source, open_sources, read_chunks
 from megasft.data.tokenize import Made, Recipe, Rejected, Tokenizer
 from megasft.data.workers import Outcomes, Workers
@@ -36,12 +37,14 @@ class BuildOptions:
     """What ``megasft build`` was asked for.
 
     Attributes:
-        inputs: Conversation files, in the order their samples are stored.
+        inputs: Conversation files, folders and globs, in the order their samples are stored.
         output: Folder of the store.
         recipe: How a record becomes a sample.
         num_workers: Processes; 1 works in this one.
         skip_bad: Make the store without the bad records.
         overwrite: Replace a store that is there.
+        category: Category of records that name none; empty for none.
+        category_from_file: Give such records the name of their file instead.
     """
 
     inputs: tuple[Path, ...]
@@ -50,6 +53,8 @@ class BuildOptions:
     num_workers: int = 1
     skip_bad: bool = False
     overwrite: bool = False
+    category: str = ""
+    category_from_file: bool = False
 
     @property
     def rejected_path(self) -> Path:
@@ -113,7 +118,7 @@ def build(options: BuildOptions, *, on_bytes: Progress, on_rejected: Complaint) 
             is left.
         StoreError: The store exists, or another build is writing it.
     """
-    sources = open_sources(list(options.inputs))
+    sources = open_sources(find_files(options.inputs))
     tokenizer = Tokenizer(options.recipe)
     tally, categories = Tally(), Categories()
     with StoreWriter(
@@ -123,7 +128,8 @@ def build(options: BuildOptions, *, on_bytes: Progress, on_rejected: Complaint) 
             with options.rejected_path.open("wb") as rejected:
                 ledger = _Ledger(sources, tally, rejected, on_rejected)
                 for chunk, outcomes in _outcomes(options, tokenizer, read_chunks(sources)):
-                    _store(chunk, outcomes, writer, categories, ledger)
+                    named = [_categorized(o, options, sources[chunk.source]) for o in outcomes]
+                    _store(chunk, named, writer, categories, ledger)
                     on_bytes(chunk.num_bytes)
             _judge(options, tally)
         except DataError:
@@ -161,6 +167,15 @@ class _Ledger:
         entry = {"file": str(source.path), "line": bad.line}
         entry |= {"reason": bad.reason, "detail": bad.detail}
         self.file.write(orjson.dumps(entry) + b"\n")
+
+
+def _categorized(
+    outcome: Made | Rejected, options: BuildOptions, source: Source
+) -> Made | Rejected:
+    if isinstance(outcome, Rejected) or outcome.category != Category():
+        return outcome
+    name = category_of(source.path) if options.category_from_file else options.category
+    return outcome._replace(category=Category(name=name or None))
 
 
 def _store(

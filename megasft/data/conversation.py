@@ -8,19 +8,25 @@ is mended on the way: an unknown role or a label list of the wrong length is the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from megasft.errors import DataError
 
 ROLES: Final = ("system", "user", "assistant", "tool")
+TRAIN_ON: Final = ("all-turns", "last-turn", "labels")
+"""Which assistant messages are trained: all but those labelled 0, the last one unless labelled 0,
+or those labelled 1 alone."""
 LABEL_KEYS: Final = ("label", "labels", "loss")
 REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
+MAX_RECORD_BYTES: Final = 16 * 2**20
+"""Some four million tokens of one conversation; what is longer is a file without line ends."""
 _MAX_CATEGORY_ID: Final = 2**31 - 1  # turn records are int32
 
 REASONS: Final = (
     "not JSON",
     "not an object",
+    "record too long",
     "missing field",
     "wrong type",
     "unknown role",
@@ -84,24 +90,33 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
 
-def make_messages(raw: list[Any], labels: Any) -> tuple[Message, ...]:
+def make_messages(
+    raw: list[Any], labels: Any, *, train_on: str = "all-turns"
+) -> tuple[Message, ...]:
     """Check the messages of a record and decide which are trained.
 
     Args:
         raw: Objects with ``role`` and ``content``.
         labels: None, or a list of 0/1 as long as ``raw``; only an assistant's counts.
+        train_on: One of ``TRAIN_ON``.
 
     Raises:
         BadRecordError: A role is unknown, a text is missing, or nothing would be trained.
     """
     flags = _record_labels(labels, count=len(raw))
-    messages = tuple(_message(item, i, flags) for i, item in enumerate(raw))
+    is_default = train_on != "labels"
+    messages = tuple(_message(item, i, flags, is_default) for i, item in enumerate(raw))
     if not any(m.role == "assistant" for m in messages):
         raise BadRecordError(
             "no assistant turn", f"none of the {len(messages)} messages is assistant's"
         )
+    if train_on == "last-turn":
+        last = max(i for i, m in enumerate(messages) if m.role == "assistant")
+        messages = tuple(
+            replace(m, trained=m.trained and i == last) for i, m in enumerate(messages)
+        )
     if not any(m.trained for m in messages):
-        raise BadRecordError("nothing to train", "the labels of all assistant messages are 0")
+        raise BadRecordError("nothing to train", _NOTHING[train_on])
     return messages
 
 
@@ -117,6 +132,25 @@ def make_category(meta: Any) -> Category:
     if name is not None and not isinstance(name, str):
         raise BadRecordError("bad category", f"meta.category_name must be a string, not {name!r}")
     return Category(number, name or None)
+
+
+def category_from_field(record: Mapping[str, Any], key: str) -> Category:
+    """Read a category from a field of its own: a string is its name, an integer its id."""
+    value = record.get(key)
+    if isinstance(value, str):
+        return Category(name=value or None)
+    if value is None:
+        return Category()
+    if type(value) is not int:
+        raise BadRecordError("bad category", f"`{key}` must be a string or integer, not {value!r}")
+    return make_category({"category_id": value})
+
+
+_NOTHING: Final = {
+    "all-turns": "the labels of all assistant messages are 0",
+    "last-turn": "the label of the last assistant message is 0 (--train-on last-turn)",
+    "labels": "no assistant message has an own label 1 (--train-on labels)",
+}
 
 
 def _record_labels(labels: Any, *, count: int) -> list[bool] | None:
@@ -136,7 +170,7 @@ def _flag(label: Any) -> bool:
     return bool(label)
 
 
-def _message(item: Any, index: int, flags: list[bool] | None) -> Message:
+def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) -> Message:
     if not isinstance(item, dict):
         raise BadRecordError("wrong type", f"message {index} is not an object")
     if "role" not in item:
@@ -146,11 +180,11 @@ def _message(item: Any, index: int, flags: list[bool] | None) -> Message:
         raise BadRecordError(
             "unknown role", f"message {index} has role {role!r}; known are {', '.join(ROLES)}"
         )
-    own = [key for key in LABEL_KEYS if key in item]
+    own = [key for key in LABEL_KEYS if item.get(key) is not None]
     if len(own) > (flags is None):
         raise BadRecordError("bad labels", f"message {index} is labelled twice")
-    wanted = _flag(item[own[0]]) if own else flags[index] if flags else True
-    skipped = {"role", "content", *own}
+    wanted = _flag(item[own[0]]) if own else flags[index] if flags else is_default
+    skipped = {"role", "content", *LABEL_KEYS}
     extra = {k: v for k, v in item.items() if k not in skipped and v is not None}
     content = _content(item, index, may_be_absent=role == "assistant" and "tool_calls" in extra)
     return Message(role, content, role == "assistant" and wanted, extra)
@@ -162,9 +196,22 @@ def _content(item: dict[str, Any], index: int, *, may_be_absent: bool) -> str | 
         return None
     if content is None:
         raise BadRecordError("missing field", f"message {index} ({item['role']}) has no `content`")
+    if isinstance(content, list) and content:
+        return "".join(_text_part(part, index) for part in content)
     if not isinstance(content, str):
         raise BadRecordError(
             "wrong type",
             f"the content of message {index} is {type(content).__name__}; only text can be trained",
         )
     return content
+
+
+def _text_part(part: Any, index: int) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise BadRecordError(
+        "wrong type",
+        f'the content of message {index} has a part {kind}; only {{"type": "text", "text": ...}} '
+        "can be trained",
+    )

@@ -2,16 +2,20 @@
 
     messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...], "tools": ...}
     sharegpt   {"conversations": [{"from": "human", "value": ...}], "system": ..., "tools": ...}
-    prompt     {"question": ..., "answer": ...} with --prompt-key question --response-key answer
+    prompt     {"prompt": ..., "response": ...}; --prompt-key, --response-key, and, where wanted,
+               --system-key and --query-key name other fields
+    alpaca     {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[q, a]]}
 
-The format is found record by record from the field it starts with, so one file may mix them;
-``--format`` insists on one. A record may carry ``meta.category_id`` and ``meta.category_name``
-in every format.
+The format is found record by record from the fields it has, so one file may mix them; ``--format``
+insists on one. Named fields come before the well-known ones. Formats that used to bring their own
+template (``Q: ... A: ...``, Alpaca's "Below is an instruction") lose it: the chat template of the
+tokenizer is what the model is asked with later. An earlier turn of ``history`` is trained as any
+other. A record may carry ``meta.category_id`` and ``meta.category_name`` in every format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,8 +23,10 @@ import orjson
 
 from megasft.data.conversation import (
     LABEL_KEYS,
+    MAX_RECORD_BYTES,
     BadRecordError,
     Conversation,
+    category_from_field,
     make_category,
     make_messages,
 )
@@ -36,6 +42,15 @@ SPEAKERS: Final = {
 }
 """ShareGPT's ``from`` to a role."""
 
+PAIRS: Final = (
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+)
+"""Fields of prompt and response that are known without being named."""
+_DEFAULT_PAIR: Final = PAIRS[0]
+
 
 @dataclass(frozen=True, slots=True)
 class FieldMap:
@@ -45,11 +60,19 @@ class FieldMap:
         format: A key of ``FORMATS``, or "auto".
         prompt_key: Field of the user's text in the prompt format.
         response_key: Field of the assistant's text in the prompt format.
+        system_key: Field of the system message beside a prompt; empty for none.
+        query_key: Field that continues the prompt, after a line end; empty for none.
+        category_key: Field of the category, instead of ``meta``; empty for none.
+        train_on: One of ``conversation.TRAIN_ON``.
     """
 
     format: str = "auto"
     prompt_key: str = "prompt"
     response_key: str = "response"
+    system_key: str = ""
+    query_key: str = ""
+    category_key: str = ""
+    train_on: str = "all-turns"
 
 
 def parse(line: bytes, mapping: FieldMap) -> Conversation:
@@ -58,10 +81,16 @@ def parse(line: bytes, mapping: FieldMap) -> Conversation:
     Raises:
         BadRecordError: The record breaks a rule; the message says which.
     """
+    if len(line) > MAX_RECORD_BYTES:
+        raise BadRecordError(
+            "record too long",
+            f"it is longer than {MAX_RECORD_BYTES // 2**20} MiB; a record of a .jsonl file ends "
+            "with its line",
+        )
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadRecordError("not JSON", str(error)) from None
+        raise BadRecordError("not JSON", _why_not_json(line, error)) from None
     if not isinstance(record, dict):
         raise BadRecordError("not an object", f"a record is an object, this is {_kind(record)}")
     return FORMATS[_format_of(record, mapping)](record, mapping)
@@ -70,23 +99,27 @@ def parse(line: bytes, mapping: FieldMap) -> Conversation:
 def _format_of(record: dict[str, Any], mapping: FieldMap) -> str:
     if mapping.format != "auto":
         return mapping.format
-    if "messages" in record:
+    if record.get("messages") is not None:
         return "messages"
-    if "conversations" in record:
+    if record.get("conversations") is not None:
         return "sharegpt"
-    if mapping.prompt_key in record and mapping.response_key in record:
+    named = (mapping.prompt_key, mapping.response_key)
+    if named != _DEFAULT_PAIR and _has(record, named):
+        return "prompt"
+    if _has(record, ("instruction", "output")):
+        return "alpaca"
+    if _has(record, named) or any(_has(record, pair) for pair in PAIRS):
         return "prompt"
     raise BadRecordError(
         "missing field",
-        f"no `messages`, no `conversations`, and not both of `{mapping.prompt_key}` and "
-        f"`{mapping.response_key}` (--prompt-key, --response-key); "
-        f"it has {', '.join(f'`{key}`' for key in list(record)[:8]) or 'no field'}",
+        f"no `messages`, no `conversations`, no `instruction` with `output`, and not both of "
+        f"`{mapping.prompt_key}` and `{mapping.response_key}` (--prompt-key, --response-key); "
+        f"it has {', '.join(map(_shown, list(record.items())[:8])) or 'no field'}",
     )
 
 
 def _from_messages(record: dict[str, Any], mapping: FieldMap) -> Conversation:
-    raw = _list(record, "messages")
-    return _conversation(record, raw, record.get("labels"), record.get("tools"))
+    return _conversation(record, _list(record, "messages"), record.get("labels"), mapping)
 
 
 def _from_sharegpt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
@@ -95,24 +128,32 @@ def _from_sharegpt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
     if system:
         raw = [{"role": "system", "content": system}, *raw]
         labels = [0, *labels] if isinstance(labels, list) else labels
-    tools = record.get("tools") or None
-    if isinstance(tools, str):
-        try:
-            tools = orjson.loads(tools)
-        except orjson.JSONDecodeError as error:
-            raise BadRecordError("wrong type", f"`tools` is not JSON: {error}") from None
-    return _conversation(record, raw, labels, tools)
+    return _conversation(record, raw, labels, mapping)
 
 
 def _from_prompt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
-    for key in (mapping.prompt_key, mapping.response_key):
-        if record.get(key) is None:
-            raise BadRecordError("missing field", f"no `{key}`")
-    raw = [
-        {"role": "user", "content": record[mapping.prompt_key]},
-        {"role": "assistant", "content": record[mapping.response_key]},
-    ]
-    return _conversation(record, raw, None, None)
+    named = (mapping.prompt_key, mapping.response_key)
+    others = PAIRS if named == _DEFAULT_PAIR else ()
+    prompt_key, response_key = next((p for p in (named, *others) if _has(record, p)), named)
+    keys = (prompt_key, mapping.query_key)
+    raw = [*_system(record, mapping.system_key), *_exchange(record, keys, response_key)]
+    return _conversation(record, raw, None, mapping)
+
+
+def _from_alpaca(record: dict[str, Any], mapping: FieldMap) -> Conversation:
+    raw = _system(record, mapping.system_key or "system")
+    history = record.get("history") or []
+    for number, turn in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRecordError(
+                "wrong type", f"`history` must be a list of [prompt, answer]; turn {number} is not"
+            )
+        raw += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    raw += _exchange(record, ("instruction", mapping.query_key or "input"), "output")
+    return _conversation(record, raw, None, mapping)
 
 
 Adapter = Callable[[dict[str, Any], FieldMap], Conversation]
@@ -121,17 +162,75 @@ FORMATS: Final[dict[str, Adapter]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "prompt": _from_prompt,
+    "alpaca": _from_alpaca,
 }
 
 
-def _conversation(record: dict[str, Any], raw: list[Any], labels: Any, tools: Any) -> Conversation:
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
+def _conversation(
+    record: dict[str, Any], raw: list[Any], labels: Any, mapping: FieldMap
+) -> Conversation:
+    messages = make_messages(raw, labels, train_on=mapping.train_on)
+    if mapping.category_key:
+        category = category_from_field(record, mapping.category_key)
+    else:
+        category = make_category(record.get("meta"))
+    return Conversation(messages, category, _tools(record.get("tools")))
+
+
+def _tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
+    if isinstance(tools, str) and tools:  # tables hold them as text
+        try:
+            tools = orjson.loads(tools)
+        except orjson.JSONDecodeError as error:
+            raise BadRecordError("wrong type", f"`tools` is not JSON: {error}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRecordError("wrong type", "`tools` must be a list of objects")
-    messages = make_messages(raw, labels)
-    category = make_category(record.get("meta"))
-    return Conversation(messages, category, tuple(tools) if tools else None)
+    return tuple(tools)
+
+
+def _system(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _text(record, key)}] if record.get(key) else []
+
+
+def _exchange(
+    record: dict[str, Any], prompt_keys: tuple[str, str], response_key: str
+) -> list[dict[str, Any]]:
+    prompt_key, query_key = prompt_keys
+    parts = [_text(record, prompt_key)]
+    if query_key and record.get(query_key):
+        parts.append(_text(record, query_key))
+    return [
+        {"role": "user", "content": "\n".join(parts)},
+        {"role": "assistant", "content": _text(record, response_key)},
+    ]
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if record.get(key) is None:
+        raise BadRecordError(
+            "missing field", f"`{key}` is null" if key in record else f"no `{key}`"
+        )
+    if not isinstance(record[key], str):
+        raise BadRecordError("wrong type", f"`{key}` must be a string, not {_kind(record[key])}")
+    return str(record[key])
+
+
+def _has(record: dict[str, Any], keys: Iterable[str]) -> bool:
+    return all(record.get(key) is not None for key in keys)
+
+
+def _shown(field: tuple[str, Any]) -> str:
+    return f"`{field[0]}`" + (" (null)" if field[1] is None else "")
+
+
+def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as fault:
+        return f"byte {fault.start} is not UTF-8 ({line[fault.start]:#x}); save the file as UTF-8"
+    return str(error)
 
 
 def _spoken(item: Any, index: int) -> dict[str, Any]:

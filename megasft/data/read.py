@@ -1,13 +1,16 @@
 """Records of the input files, in order, with the place each came from.
 
-A .jsonl file is streamed: memory stays flat whatever its size. A file that starts with ``[`` is one
-JSON list; it has to be read whole, and its "line" is the number of the record. Both count from 1.
-Records leave here as raw bytes, in chunks, because parsing is the workers' job.
+A .jsonl file is streamed, compressed or not, and so is a table (parquet, Arrow): memory stays flat
+whatever their size. A file that starts with ``[`` is one JSON list; it has to be read whole. The
+"line" of a list or a table is the number of the record. Lines and records count from 1. What a
+file is, its first bytes say; its name does not count.
+
+Records leave here as raw bytes, in chunks, because parsing is the workers' job. Of a line longer
+than a record may be, only as much is kept as shows that it is too long.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +18,15 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 import orjson
 
+from megasft.data.conversation import MAX_RECORD_BYTES
+from megasft.data.streams import open_text
+from megasft.data.tables import is_table, read_rows, require_pyarrow
 from megasft.errors import DataError
 
 CHUNK_BYTES: Final = 256 * 1024
 """A chunk is full at this size: small enough for a smooth bar, large enough to amortise a pipe."""
+_BOM: Final = b"\xef\xbb\xbf"
+"""Some editors on Windows write it before the first line."""
 
 
 class Chunk(NamedTuple):
@@ -35,31 +43,33 @@ class Chunk(NamedTuple):
     num_bytes: int
 
 
+JSONL, JSON_LIST, TABLE = "jsonl", "json list", "table"
+
+
 @dataclass(slots=True)
 class Source:
-    """One input file; size and hash are known once it has been read to its end.
+    """One input file; size and hash, as it lies on disk, are known once it was read to its end.
 
     Attributes:
         path: As the user wrote it.
-        is_list: It is one JSON list, so its places are records instead of lines.
+        kind: JSONL, or JSON_LIST or TABLE, whose places are records instead of lines.
     """
 
     path: Path
-    is_list: bool = False
+    kind: str = JSONL
     num_bytes: int = 0
     num_records: int = 0
     sha256: str = field(default="", repr=False)
 
     def place(self, line: int) -> str:
-        """Return ``file:17``, or ``file:record 17`` for a JSON list."""
-        return f"{self.path}:record {line}" if self.is_list else f"{self.path}:{line}"
+        """Return ``file:17``, or ``file:record 17`` where there are no lines."""
+        return f"{self.path}:{line}" if self.kind == JSONL else f"{self.path}:record {line}"
 
     def as_meta(self) -> dict[str, Any]:
         """Return what store.json keeps of it."""
-        kind = "json list" if self.is_list else "jsonl"
         return {
             "path": str(self.path),
-            "kind": kind,
+            "kind": self.kind,
             "bytes": self.num_bytes,
             "sha256": self.sha256,
         }
@@ -69,34 +79,22 @@ def open_sources(paths: list[Path]) -> list[Source]:
     """Check that every input can be read, before anything is written.
 
     Raises:
-        DataError: A file is missing, not a file, or empty.
+        DataError: A file is missing, not a file, empty, or needs a package that is not installed.
     """
     if not paths:
         raise DataError("no input; name at least one file with --input")
-    sources = []
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path} is not a file; --input takes .jsonl or .json files")
-        if path.stat().st_size == 0:
-            raise DataError(
-                f"{path}:1: the file is empty (0 conversations); remove it from --input"
-            )
-        try:
-            with path.open("rb") as file:
-                sources.append(Source(path, is_list=_starts_a_list(file)))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    return sources
+    return [Source(path, _kind_of(path)) for path in paths]
 
 
 def read_chunks(sources: list[Source]) -> Iterator[Chunk]:
     """Yield all records of all files, in order, filling in each source's size and hash.
 
     Raises:
-        DataError: A file holds no record, or its JSON list is broken.
+        DataError: A file holds no record, is damaged, or its JSON list is broken.
     """
+    readers = {JSONL: _read_lines, JSON_LIST: _read_list, TABLE: _read_table}
     for index, source in enumerate(sources):
-        yield from (_read_list if source.is_list else _read_lines)(index, source)
+        yield from readers[source.kind](index, source)
         if source.num_records == 0:
             raise DataError(
                 f"{source.path}:1: the file holds no record (0 conversations); "
@@ -104,46 +102,95 @@ def read_chunks(sources: list[Source]) -> Iterator[Chunk]:
             )
 
 
+def _kind_of(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(
+            f"{path} is not a file; --input takes files, folders and globs of .jsonl, .json, "
+            ".parquet and .arrow on this machine"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}:1: the file is empty (0 conversations); remove it from --input")
+    with open_text(path) as (text, _):
+        try:
+            if is_table(text.peek(4)[:4]):
+                require_pyarrow(path)
+                return TABLE
+            return JSON_LIST if _starts_a_list(text) else JSONL
+        except EOFError:
+            return JSONL  # cut off within the first block: reading its lines finds where
+
+
 def _read_lines(index: int, source: Source) -> Iterator[Chunk]:
-    digest = hashlib.sha256()
     records: list[tuple[int, bytes]] = []
-    size = 0
-    with source.path.open("rb") as file:
-        for line, data in enumerate(file, start=1):
-            digest.update(data)
+    size = done = 0
+    with open_text(source.path) as (text, counted):
+        for line, data in _lines(text, source):
             size += len(data)
             if not data.isspace():  # blank lines are no records
                 records.append((line, data))
             if size >= CHUNK_BYTES:
-                yield _chunk(index, source, records, size)
-                records, size = [], 0
-    if size:
-        yield _chunk(index, source, records, size)
-    source.sha256 = digest.hexdigest()
+                yield _chunk(index, source, records, counted.num_bytes - done)
+                records, size, done = [], 0, counted.num_bytes
+        source.sha256 = counted.sha256()
+        if size or counted.num_bytes > done:
+            yield _chunk(index, source, records, counted.num_bytes - done)
+
+
+def _lines(text: BinaryIO, source: Source) -> Iterator[tuple[int, bytes]]:
+    line = 1
+    try:
+        while data := text.readline(MAX_RECORD_BYTES + 1):
+            yield line, data.removeprefix(_BOM) if line == 1 else data
+            if len(data) > MAX_RECORD_BYTES:
+                _skip_line(text, data)
+            line += 1
+    except EOFError:
+        raise DataError(
+            f"{source.path}:{line}: the compressed data ends in the middle of it, after "
+            f"{line - 1:,} whole lines; the file was cut off: copy it again"
+        ) from None
+
+
+def _skip_line(text: BinaryIO, data: bytes) -> None:
+    while data and not data.endswith(b"\n"):
+        data = text.readline(CHUNK_BYTES)
 
 
 def _read_list(index: int, source: Source) -> Iterator[Chunk]:
-    data = source.path.read_bytes()
+    with open_text(source.path) as (text, counted):
+        data = text.read()
+        source.sha256 = counted.sha256()
     try:
-        items = orjson.loads(data)
+        items = orjson.loads(data.removeprefix(_BOM))
     except orjson.JSONDecodeError as error:
         raise DataError(
             f"{source.path}:{error.lineno}: not JSON: {error}; a JSON list is read whole, so none "
             "of its records can be used (0 conversations); mend it, or store one record a line"
         ) from None
-    source.sha256 = hashlib.sha256(data).hexdigest()
-    per_record, rest = divmod(len(data), max(len(items), 1))
     del data
+    yield from _chunks_of(index, source, map(orjson.dumps, items), counted.num_bytes)
+
+
+def _read_table(index: int, source: Source) -> Iterator[Chunk]:
+    with open_text(source.path) as (_, counted):
+        source.sha256 = counted.sha256()
+    yield from _chunks_of(index, source, read_rows(source.path), counted.num_bytes)
+
+
+def _chunks_of(
+    index: int, source: Source, items: Iterator[bytes], num_bytes: int
+) -> Iterator[Chunk]:
+    # Where in the file a record lies is unknown here: its own size moves the bar, the last one
+    # takes what is left.
     records: list[tuple[int, bytes]] = []
-    size = rest
+    size = 0
     for number, item in enumerate(items, start=1):
-        records.append((number, orjson.dumps(item)))
-        size += per_record
+        records.append((number, item))
+        size += len(item)
         if size >= CHUNK_BYTES:
-            yield _chunk(index, source, records, size)
+            yield _chunk(index, source, records, min(size, num_bytes - source.num_bytes))
             records, size = [], 0
-    if records:
-        yield _chunk(index, source, records, size)
+    yield _chunk(index, source, records, num_bytes - source.num_bytes)
 
 
 def _chunk(index: int, source: Source, records: list[tuple[int, bytes]], size: int) -> Chunk:
@@ -154,6 +201,6 @@ def _chunk(index: int, source: Source, records: list[tuple[int, bytes]], size: i
 
 def _starts_a_list(file: BinaryIO) -> bool:
     while block := file.read(4096):
-        if text := block.lstrip():
+        if text := block.removeprefix(_BOM).lstrip():
             return text.startswith(b"[")
     return False

@@ -96,6 +96,39 @@ def test_a_flag_without_effect_is_refused(
     assert "no effect with --format messages" in seen.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--format", "sharegpt", "--query-key", "input"), "no effect with --format sharegpt"),
+        (("--category", "a", "--category-from-file"), "name the same thing; drop one"),
+    ],
+)
+def test_flags_that_fight_are_refused(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft, flags: tuple[str, ...], message: str
+) -> None:
+    arguments = ("--tokenizer", tokenizer_dir, "-o", tmp_path / "s")
+    seen = megasft("build", "-i", tmp_path / "a.jsonl", *arguments, *flags)
+    assert seen.code == 1
+    assert message in seen.err
+
+
+def test_a_folder_with_named_fields_last_turns_and_a_category_field_builds(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    (tmp_path / "in").mkdir()
+    turns = GOOD.removeprefix('{"messages": [').removesuffix("]}")
+    two_turns = f'{{"messages": [{turns}, {turns}], "kind": "chat"}}\n'
+    (tmp_path / "in" / "a.jsonl").write_text(two_turns)
+    (tmp_path / "in" / "b.json").write_text('[{"ask": "Hi", "reply": "Yo", "kind": "pair"}]')
+    flags = ("--prompt-key", "ask", "--response-key", "reply", "--category-key", "kind")
+    arguments = ("--tokenizer", tokenizer_dir, "--train-on", "last-turn", *flags)
+    seen = megasft("build", "-i", tmp_path / "in", *arguments, "-o", tmp_path / "s")
+    assert seen.code == 0
+    store = open_store(tmp_path / "s")
+    assert [store.sample(i).turns[:, 2:].tolist() for i in range(2)] == [[[1, 3]], [[2, 1]]]
+    assert store.meta["categories"] == {"1": "chat", "2": "pair"}
+
+
 def test_help_teaches_with_an_example_and_says_what_happens_to_bad_records(
     megasft: Megasft,
 ) -> None:
