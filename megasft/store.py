@@ -16,15 +16,17 @@ which no reader accepts and the next build replaces. Everything is memory-mapped
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +60,7 @@ class _SequenceWriter:
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
         self._prefix, self._dtype = prefix, dtype
         self._bin: BinaryIO = prefix.with_suffix(".bin").open("wb")
-        self._lengths: list[int] = []
+        self._lengths = array("i")  # four bytes a sample: there may be a hundred million
         self.digest = hashlib.sha256()
 
     def add(self, sequence: npt.NDArray[np.integer[Any]]) -> None:
@@ -69,7 +71,7 @@ class _SequenceWriter:
 
     def close(self) -> None:
         _close_synced(self._bin)
-        lengths = np.asarray(self._lengths, dtype="<i4")
+        lengths = np.frombuffer(self._lengths, dtype=np.intc).astype("<i4")
         ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
         pointers = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
         with self._prefix.with_suffix(".idx").open("wb") as idx:
@@ -81,7 +83,8 @@ class _SequenceWriter:
         self.digest.update(lengths.tobytes())
 
     def abandon(self) -> None:
-        self._bin.close()
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too
+            self._bin.close()
 
 
 def _close_synced(file: BinaryIO) -> None:
@@ -118,7 +121,7 @@ class StoreWriter:
         self.partial.mkdir()
         self._tokens = _SequenceWriter(self.partial / TOKENS, token_dtype(vocab_size))
         self._turns = _SequenceWriter(self.partial / TURNS, np.dtype("<i4"))
-        self._lineage: list[tuple[int, int]] = []
+        self._lineage = array("q")
         self._vocab_size = vocab_size
         self._finished = False
 
@@ -129,20 +132,37 @@ class StoreWriter:
             sample: Its turns ascend, do not overlap and lie in ``[1, len(tokens)]``.
             source: Position of its file in the ``sources`` of store.json.
             line: Line (or record) of that file, counted from 1.
+
+        Raises:
+            StoreError: It cannot be written, because the disk is full for one; nothing is left.
         """
-        self._tokens.add(sample.tokens)
-        self._turns.add(sample.turns.reshape(-1))
-        self._lineage.append((source, line))
+        try:
+            self._tokens.add(sample.tokens)
+            self._turns.add(sample.turns.reshape(-1))
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._lineage.extend((source, line))
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Write store.json last, make everything durable, and rename the folder into place.
 
         Args:
             meta: Facts for store.json (tokenizer, special tokens, categories, counts, sources).
+
+        Raises:
+            StoreError: It cannot be written, because the disk is full for one; nothing is left.
         """
+        try:
+            self._write_rest(meta)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._rename_into_place()
+        self._finished = True
+
+    def _write_rest(self, meta: dict[str, Any]) -> None:
         self._tokens.close()
         self._turns.close()
-        lineage = np.asarray(self._lineage, dtype=np.int64).reshape(-1, 2)
+        lineage = np.frombuffer(self._lineage, dtype=np.int64).reshape(-1, 2)
         with (self.partial / LINEAGE).open("wb") as file:
             np.save(file, lineage)
             _close_synced(file)
@@ -157,8 +177,15 @@ class StoreWriter:
         with (self.partial / META).open("wb") as file:
             file.write(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
             _close_synced(file)
-        self._rename_into_place()
-        self._finished = True
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        self._tokens.abandon()
+        self._turns.abandon()
+        shutil.rmtree(self.partial, ignore_errors=True)  # it would keep the disk full
+        return StoreError(
+            f"{self.partial} cannot be written: {error.strerror or error}, after "
+            f"{len(self._lineage) // 2:,} samples; free space there, or choose another --output"
+        )
 
     def _rename_into_place(self) -> None:
         replaced = self.path.with_name(self.path.name + ".replaced")
@@ -237,12 +264,25 @@ class SequenceFile:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 
+class Sequences(Protocol):
+    """What a store's readers ask of token ids: lengths of all sequences, and one of them."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """int32 [S]. Elements of each sequence."""
+        ...
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.integer[Any]]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TokenStore:
     """A whole store, memory-mapped; opening it reads only headers.
 
+    Several stores read as one (``store_group.py``) are a TokenStore too.
+
     Attributes:
-        path: Its folder.
+        path: Its folder; of several stores, that of the first.
         meta: Contents of store.json.
         tokens: Token ids of each sample.
         turns: Flat turn records of each sample.
@@ -251,12 +291,17 @@ class TokenStore:
 
     path: Path
     meta: dict[str, Any]
-    tokens: SequenceFile
+    tokens: Sequences
     turns: SequenceFile
     lineage: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.tokens.lengths)
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its folder, or all of them."""
+        return " + ".join(self.meta.get("stores", [str(self.path)]))
 
     @property
     def fingerprint(self) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from megasft.data.build import BuildOptions, Tally
+    from megasft.data.remote import Location
+    from megasft.data.too_long import Limit
 
 MAX_SHOWN: Final = 20
 """Bad records printed one by one; the others are in the .rejected.jsonl file."""
@@ -41,29 +43,63 @@ class TrainOn(StrEnum):
     ALL_TURNS = "all-turns"
     LAST_TURN = "last-turn"
     LABELS = "labels"
+    EVERYTHING = "everything"
 
 
 class InText(StrEnum):
     """What to do with special tokens written as text."""
 
+    ESCAPE = "escape"
     REJECT = "reject"
     KEEP = "keep"
 
 
+class TooLong(StrEnum):
+    """What to do with a conversation longer than --max-tokens."""
+
+    TRUNCATE_TURNS = "truncate-turns"
+    DROP = "drop"
+    TRUNCATE = "truncate"
+    ERROR = "error"
+
+
+class StrippedThinking(StrEnum):
+    """What to do with a trained answer whose thinking the template leaves out."""
+
+    MASK = "mask"
+    TRAIN = "train"
+    REJECT = "reject"
+
+
+class Render(StrEnum):
+    """How conversations are rendered."""
+
+    AUTO = "auto"
+    JINJA = "jinja"
+
+
+class Encoder(StrEnum):
+    """What encodes the renders."""
+
+    AUTO = "auto"
+    TOKENIZERS = "tokenizers"
+
+
 def build(
     inputs: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
             "--input",
             "-i",
             metavar="FILE...",
-            help="jsonl, JSON list (.gz, .zst), parquet, arrow; a folder or 'glob' of them",
+            help="jsonl, JSON list (.gz, .zst), parquet, arrow; a folder or 'glob' of them; "
+            "s3://, gs://, https://; hub:openai/gsm8k/main[train]",
         ),
     ],
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="folder of the model's tokenizer")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="folder to make")],
     more_inputs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(metavar="FILE", help="more input files, so that --input *.jsonl works"),
     ] = None,
     format: Annotated[Format, typer.Option(help="auto: seen record by record")] = Format.AUTO,
@@ -83,7 +119,7 @@ def build(
         TrainOn,
         typer.Option(
             help="all-turns: all answers but those labelled 0; last-turn: the last, unless "
-            "labelled 0; labels: those labelled 1"
+            "labelled 0; labels: those labelled 1; everything: every token, prompts too"
         ),
     ] = TrainOn.ALL_TURNS,
     category: Annotated[
@@ -98,8 +134,32 @@ def build(
     ] = False,
     special_tokens_in_text: Annotated[
         InText,
-        typer.Option(help="a text that holds e.g. <|im_end|>: reject the record, or keep it as is"),
-    ] = InText.REJECT,
+        typer.Option(
+            help="a text that holds e.g. <|im_end|>: escape makes plain text of it, reject rejects "
+            "the record, keep lets it become the control token"
+        ),
+    ] = InText.ESCAPE,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja file, instead of the tokenizer's own template"),
+    ] = None,
+    stripped_thinking: Annotated[
+        StrippedThinking,
+        typer.Option(
+            help="an answer whose thinking the template leaves out (Qwen3's does, in earlier "
+            "turns): mask does not train it, train trains it without, reject rejects the record"
+        ),
+    ] = StrippedThinking.MASK,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="longest sample; 0: any length")
+    ] = 0,
+    too_long: Annotated[
+        TooLong,
+        typer.Option(
+            help="beyond --max-tokens: truncate-turns cuts behind the last turn that fits (drops "
+            "if none does), drop, truncate cuts anywhere, error rejects the record"
+        ),
+    ] = TooLong.TRUNCATE_TURNS,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="make the store without the bad records")
     ] = False,
@@ -110,6 +170,19 @@ def build(
         int,
         typer.Option(min=0, help="processes; 0: one per core, up to 8, fewer for small inputs"),
     ] = 0,
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="workers on a Ray cluster: auto, HOST:PORT, ray://..., or local"
+        ),
+    ] = "",
+    render: Annotated[
+        Render,
+        typer.Option(help="auto learns the template and checks samples; jinja checks every render"),
+    ] = Render.AUTO,
+    encoder: Annotated[
+        Encoder, typer.Option(help="auto: gigatoken for byte-level BPE, checked; else tokenizers")
+    ] = Encoder.AUTO,
 ) -> None:
     """Make a token store from conversations: render the chat template once, tokenize, find answers.
 
@@ -133,6 +206,7 @@ def build(
     from megasft.data.build import build as build_store
     from megasft.data.formats import FieldMap
     from megasft.data.inputs import find_files
+    from megasft.data.render import RenderOptions
     from megasft.data.tokenize import Recipe
 
     _require_effect(format, (prompt_key, response_key), (system_key, query_key))
@@ -148,12 +222,21 @@ def build(
         category_key,
         train_on.value,
     )
-    keep = special_tokens_in_text is InText.KEEP
+    recipe = Recipe(
+        tokenizer,
+        fields,
+        special_tokens_in_text=special_tokens_in_text.value,
+        chat_template=_text_of(chat_template),
+        rendering=RenderOptions(stripped_thinking.value, check_all=render is Render.JINJA),
+        limit=_limit(max_tokens, too_long),
+        encoder=encoder.value,
+    )
     options = BuildOptions(
         inputs=files,
         output=output,
-        recipe=Recipe(tokenizer, fields, keep),
-        num_workers=workers or _fitting_workers(files),
+        recipe=recipe,
+        num_workers=workers if ray else workers or _fitting_workers(files),
+        ray=ray,
         skip_bad=skip_bad,
         overwrite=overwrite,
         category=category,
@@ -172,8 +255,30 @@ def _require_effect(format: Format, pair: tuple[str, str], beside: tuple[str, st
         raise FlagError(f"--system-key and --query-key have no effect with --format {format}")
 
 
-def _fitting_workers(files: tuple[Path, ...]) -> int:
-    num_bytes = sum(path.stat().st_size for path in files if path.is_file())
+def _text_of(chat_template: Path | None) -> str:
+    if chat_template is None:
+        return ""
+    try:
+        return chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlagError(f"--chat-template {chat_template} cannot be read: {error}") from None
+
+
+def _limit(max_tokens: int, too_long: TooLong) -> Limit:
+    from megasft.data.too_long import Limit
+
+    if not max_tokens and too_long is not TooLong.TRUNCATE_TURNS:
+        raise FlagError(
+            f"--too-long {too_long.value} has no effect without --max-tokens; say how long a "
+            "sample may be"
+        )
+    return Limit(max_tokens, too_long.value)
+
+
+def _fitting_workers(files: tuple[Location, ...]) -> int:
+    from megasft.data.remote import size_of
+
+    num_bytes = sum(map(size_of, files))
     cores = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
     return min(cores, 1 + num_bytes // _BYTES_PER_WORKER)
 
@@ -193,7 +298,7 @@ class _Complaints:
 
 
 @contextmanager
-def _bar(console: Console, files: tuple[Path, ...]) -> Iterator[Callable[[int], None]]:
+def _bar(console: Console, files: tuple[Location, ...]) -> Iterator[Callable[[int], None]]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -202,7 +307,9 @@ def _bar(console: Console, files: tuple[Path, ...]) -> Iterator[Callable[[int], 
         TransferSpeedColumn,
     )
 
-    total = sum(path.stat().st_size for path in files if path.is_file())
+    from megasft.data.remote import size_of
+
+    total = sum(map(size_of, files)) or None
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
@@ -217,6 +324,16 @@ def _print_result(options: BuildOptions, tally: Tally) -> None:
         f"{options.output}: {tally.samples:,} samples, {tally.turns:,} turns, "
         f"{tally.tokens:,} tokens, {tally.label_tokens:,} trained ({share:.1f} %)"
     )
+    if tally.truncated or tally.dropped:
+        print(
+            f"  too long: {tally.truncated:,} cut, {tally.dropped:,} dropped; lost "
+            f"{tally.lost_tokens:,} tokens, {tally.lost_labels:,} of them trained"
+        )
+    if tally.stripped_turns:
+        print(
+            f"  {tally.stripped_turns:,} answers are not trained: the template leaves out their "
+            "thinking (--stripped-thinking train trains them without)"
+        )
     for reason, count in sorted(tally.rejected.items()):
         print(f"  rejected {count:,} x {reason} (listed in {options.rejected_path})")
     if tally.turns_without_stop:

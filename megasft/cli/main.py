@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from megasft.cli import build, convert, inspect, prove, trace
+from megasft.cli import build, convert, inspect, lint, mix, prove, trace
 from megasft.errors import MegasftError
 
 app = typer.Typer(
@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 
 # One line a command: a function of its name, or a Typer app where it has sub-commands.
+app.command("mix")(mix.mix)
 app.command("build")(build.build)
+app.command("lint")(lint.lint)
 app.command("inspect")(inspect.inspect)
 app.command("trace")(trace.trace)
 app.command("prove")(prove.prove)
@@ -39,6 +41,8 @@ def megasft() -> None:
     **1.** make a token store from conversations, once:
 
     `megasft build --input chats.jsonl --tokenizer ./Qwen3-0.6B --output store`
+
+    (several sources at rates of their own: `megasft mix` before, or `--megasft-mixture` in 3.)
 
     **2.** look at it, above all at what is trained:
 

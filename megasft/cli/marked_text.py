@@ -24,7 +24,7 @@ def open_tokenizer(store: TokenStore, folder: Path | None) -> Any:
     Raises:
         FlagError: It is not there.
     """
-    from megasft.data.tokenize import load_tokenizer
+    from megasft.data.tokenizer_folder import load_tokenizer
 
     folder = folder or Path(store.meta["tokenizer"]["path"])
     if not folder.is_dir():

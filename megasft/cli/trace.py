@@ -31,7 +31,12 @@ class _Run(NamedTuple):
 
 
 def trace(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder made by megasft build")],
+    stores: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STORE...", help="folders made by megasft build, as the run has them"
+        ),
+    ],
     sample: Annotated[int | None, typer.Option(min=0, help="sample to show, from 0")] = None,
     row: Annotated[int | None, typer.Option(min=0, help="row of the plan, from 0")] = None,
     step: Annotated[
@@ -55,6 +60,9 @@ def trace(
             f"2 x CP; or {DEFAULT_ALIGN_TOKENS}",
         ),
     ] = None,
+    mixture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the run's --megasft-mixture")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="if the tokenizer is not where it was")
     ] = None,
@@ -73,30 +81,30 @@ def trace(
     `megasft trace store --step 812 --seq-length 4096 --global-batch-size 64`
 
     prints the samples of a step, say one where the loss jumped. Rows and order come from the code
-    that trains, so they are the run's if store, length, seed and alignment are (and the run has no
-    --rampup-batch-size and did not change its batch size).
+    that trains, so they are the run's if stores, mixture, length, seed and alignment are (and the
+    run has no --rampup-batch-size and did not change its batch size).
     """
     from rich.console import Console
 
-    from megasft.store import open_store
+    from megasft.store_group import open_stores
 
     _check_flags(
         {"--sample": sample, "--row": row, "--step": step},
         {"--seq-length": seq_length, "--global-batch-size": global_batch_size},
-        {"--seed": seed, "--align-tokens": align_tokens},
+        {"--seed": seed, "--align-tokens": align_tokens, "--mixture": mixture},
     )
     if tokenizer is not None and sample is None:
         raise FlagError("--tokenizer has no effect without --sample; leave it out")
-    opened = open_store(store)
+    opened = open_stores(stores)
     console = Console(highlight=False, soft_wrap=True)
     if sample is not None:
-        _require_below(len(opened), sample, f"--sample {sample}: {store} has samples")
+        _require_below(len(opened), sample, f"--sample {sample}: {opened.name} has samples")
         _print_turns(console, opened, sample)
         print_sample(console, opened, sample, open_tokenizer(opened, tokenizer))
     if seq_length is None:
         return
     seed = DEFAULT_SEED if seed is None else seed
-    plan = _plan(opened, seq_length, align_tokens or DEFAULT_ALIGN_TOKENS, seed)
+    plan = _plan(opened, seq_length, align_tokens or DEFAULT_ALIGN_TOKENS, seed, mixture)
     run = None if global_batch_size is None else _Run(plan, global_batch_size, seed)
     if sample is not None:
         row = _print_place(console, plan, sample)
@@ -112,7 +120,7 @@ def trace(
 
 
 def _check_flags(
-    what: dict[str, int | None], sizes: dict[str, int | None], plan: dict[str, int | None]
+    what: dict[str, int | None], sizes: dict[str, int | None], plan: dict[str, int | Path | None]
 ) -> None:
     """Refuse what is missing, and what would have no effect."""
     given = [flag for flag, value in what.items() if value is not None]
@@ -124,7 +132,7 @@ def _check_flags(
     if sizes["--seq-length"] is None:
         if given != ["--sample"]:
             raise FlagError(f"{given[0]} needs --seq-length, the tokens of a row in the run")
-        for flag, value in (sizes | plan).items():
+        for flag, value in [*sizes.items(), *plan.items()]:
             if value is not None:
                 raise FlagError(f"{flag} has no effect without --seq-length; give that too")
     if given == ["--step"] and sizes["--global-batch-size"] is None:
@@ -136,10 +144,18 @@ def _require_below(num: int, value: int, fact: str) -> None:
         raise FlagError(f"{fact} 0 to {num - 1:,}")
 
 
-def _plan(store: TokenStore, seq_length: int, align_tokens: int, seed: int) -> RowPlan:
+def _plan(
+    store: TokenStore, seq_length: int, align_tokens: int, seed: int, mixture: Path | None
+) -> RowPlan:
+    from megasft.draw import draw
+    from megasft.mixture import read_mixture
     from megasft.packing.plan import plan_rows
+    from megasft.store_group import population_of
 
-    return plan_rows(store, row_tokens=seq_length, align_tokens=align_tokens, seed=seed)
+    drawn = None
+    if mixture is not None:
+        drawn = draw(read_mixture(mixture), population_of(store), seed=seed)
+    return plan_rows(store, row_tokens=seq_length, align_tokens=align_tokens, seed=seed, draw=drawn)
 
 
 def _print_turns(console: Console, store: TokenStore, index: int) -> None:
@@ -160,14 +176,19 @@ def _print_turns(console: Console, store: TokenStore, index: int) -> None:
 
 
 def _print_place(console: Console, plan: RowPlan, sample: int) -> int | None:
-    from megasft.packing.locate import row_of_sample
+    from megasft.packing.locate import rows_of_sample
 
-    row = row_of_sample(plan, sample)
-    if row is None:
+    rows = rows_of_sample(plan, sample)
+    if len(rows) > 1:
+        text = f"in {len(rows):,} places: rows {', '.join(f'{row:,}' for row in rows)}"
+        console.print(f"\n{text} of rows 0 to {len(plan) - 1:,}; the first:")
+    elif rows:
+        console.print(f"\nin row {rows[0]:,} of rows 0 to {len(plan) - 1:,}")
+    elif sample in plan.too_long:
         console.print(f"\nlonger than a row of {plan.row_tokens:,} tokens: left out in training")
     else:
-        console.print(f"\nin row {row:,} of rows 0 to {len(plan) - 1:,}")
-    return row
+        console.print("\nnot drawn by the mixture: left out in training")
+    return rows[0] if rows else None
 
 
 def _print_first_step(console: Console, run: _Run, row: int) -> None:

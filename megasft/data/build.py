@@ -9,25 +9,30 @@ verdict, because a list of all bad lines is worth more than the first one.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import orjson
 
 import megasft
 from megasft.data.categories import Categories
-from megasft.data.conversation import BadRecordError, Category
+from megasft.data.conversation import BadRecordError, Category, UnfaithfulError
 from megasft.data.inputs import category_of, find_files
 from megasft.data.read import Chunk, Source, open_sources, read_chunks
-from megasft.data.tokenize import Made, Recipe, Rejected, Tokenizer
-from megasft.data.workers import Outcomes, Workers
-from megasft.errors import DataError
+from megasft.data.remote import Location
+from megasft.data.tokenize import Dropped, Made, Outcome, Recipe, Rejected
+from megasft.data.tokenizer_folder import TokenizerFacts
+from megasft.data.workers import MakesSamples, Outcomes, ThisProcess, Workers
+from megasft.errors import DataError, StoreError
 from megasft.schema import TURN_FIELDS
 from megasft.store import StoreWriter
+
+logger = logging.getLogger(__name__)
 
 _CATEGORY = TURN_FIELDS.index("category_id")
 
@@ -37,20 +42,22 @@ class BuildOptions:
     """What ``megasft build`` was asked for.
 
     Attributes:
-        inputs: Conversation files, folders and globs, in the order their samples are stored.
+        inputs: Conversation files, folders, globs and URLs, in the order their samples are stored.
         output: Folder of the store.
         recipe: How a record becomes a sample.
-        num_workers: Processes; 1 works in this one.
+        num_workers: Worker processes; 0 makes the samples in this one.
+        ray: Address of a Ray cluster whose actors are the workers (0: as many as it has cores).
         skip_bad: Make the store without the bad records.
         overwrite: Replace a store that is there.
         category: Category of records that name none; empty for none.
         category_from_file: Give such records the name of their file instead.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[str | Location, ...]
     output: Path
     recipe: Recipe
-    num_workers: int = 1
+    num_workers: int = 0
+    ray: str = ""
     skip_bad: bool = False
     overwrite: bool = False
     category: str = ""
@@ -73,6 +80,11 @@ class Tally:
     label_tokens: int = 0
     turns_without_stop: int = 0
     border_tokens: int = 0
+    stripped_turns: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    lost_tokens: int = 0
+    lost_labels: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     stop_ids: set[int] = field(default_factory=set)
 
@@ -86,6 +98,16 @@ class Tally:
         self.turns_without_stop += len(turns) - len(made.stop_ids)
         self.border_tokens += made.num_border_tokens
         self.stop_ids.update(made.stop_ids)
+        self.stripped_turns += made.stripped
+        self.truncated += made.lost_tokens > 0
+        self.lost_tokens += made.lost_tokens
+        self.lost_labels += made.lost_labels
+
+    def drop(self, dropped: Dropped) -> None:
+        """Count a conversation that is left out because it is too long."""
+        self.dropped += 1
+        self.lost_tokens += dropped.num_tokens
+        self.lost_labels += dropped.num_labels
 
     def counts(self) -> dict[str, Any]:
         """Return the counts for store.json, rejected ones by reason."""
@@ -97,6 +119,11 @@ class Tally:
             "label_tokens": self.label_tokens,
             "turns_without_stop": self.turns_without_stop,
             "border_tokens": self.border_tokens,
+            "stripped_turns": self.stripped_turns,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "lost_tokens": self.lost_tokens,
+            "lost_label_tokens": self.lost_labels,
             "rejected": dict(sorted(self.rejected.items())),
         }
 
@@ -110,7 +137,8 @@ def build(options: BuildOptions, *, on_bytes: Progress, on_rejected: Complaint) 
 
     Args:
         options: What was asked for.
-        on_bytes: Called with the bytes of input that were just finished.
+        on_bytes: Called with the bytes of input that were just finished; negative when the build
+            begins again.
         on_rejected: Called with ``file:line`` and a message for each bad record.
 
     Raises:
@@ -118,39 +146,69 @@ def build(options: BuildOptions, *, on_bytes: Progress, on_rejected: Complaint) 
             is left.
         StoreError: The store exists, or another build is writing it.
     """
-    sources = open_sources(find_files(options.inputs))
-    tokenizer = Tokenizer(options.recipe)
-    tally, categories = Tally(), Categories()
-    with StoreWriter(
-        options.output, vocab_size=len(tokenizer.hf), overwrite=options.overwrite
-    ) as writer:
+    num_bytes = 0
+
+    def count(num: int) -> None:
+        nonlocal num_bytes
+        num_bytes += num
+        on_bytes(num)
+
+    while True:
         try:
-            with options.rejected_path.open("wb") as rejected:
-                ledger = _Ledger(sources, tally, rejected, on_rejected)
-                for chunk, outcomes in _outcomes(options, tokenizer, read_chunks(sources)):
-                    named = [_categorized(o, options, sources[chunk.source]) for o in outcomes]
-                    _store(chunk, named, writer, categories, ledger)
-                    on_bytes(chunk.num_bytes)
-            _judge(options, tally)
-        except DataError:
-            shutil.rmtree(writer.partial)  # a verdict, not an accident: nothing to restart
-            raise
-        finally:
-            if not tally.rejected:
-                options.rejected_path.unlink(missing_ok=True)
-        writer.finish(_meta(tokenizer, tally, categories, sources))
+            return _build(options, count, on_rejected)
+        except UnfaithfulError as error:
+            logger.warning("%s", _WITHOUT[error.road].format(error.detail))
+            options = replace(options, recipe=_slower(options.recipe, error.road))
+            count(-num_bytes)
+
+
+_WITHOUT: Final = {
+    "render": "{}; the build begins again and compares every render with the chat template's",
+    "encode": "{} from those of the tokenizer; the build begins again without gigatoken, some ten "
+    "times slower (please report the tokenizer)",
+}
+
+
+def _slower(recipe: Recipe, road: str) -> Recipe:
+    if road == "encode":
+        return replace(recipe, encoder="tokenizers")
+    return replace(recipe, rendering=replace(recipe.rendering, check_all=True))
+
+
+def _build(options: BuildOptions, on_bytes: Progress, on_rejected: Complaint) -> Tally:
+    sources = open_sources(find_files(options.inputs))
+    tally, categories = Tally(), Categories()
+    with _makers(options) as makers:
+        facts = makers.facts()
+        with StoreWriter(
+            options.output, vocab_size=facts.vocab_size, overwrite=options.overwrite
+        ) as writer:
+            try:
+                with options.rejected_path.open("wb") as rejected:
+                    ledger = _Ledger(sources, tally, rejected, on_rejected)
+                    for chunk, outcomes in makers.map(read_chunks(sources)):
+                        named = [_categorized(o, options, sources[chunk.source]) for o in outcomes]
+                        _store(chunk, named, writer, categories, ledger)
+                        on_bytes(chunk.num_bytes)
+                _judge(options, tally)
+            except DataError:
+                shutil.rmtree(writer.partial)  # a verdict, not an accident: nothing to restart
+                raise
+            finally:
+                if not tally.rejected and not tally.dropped:
+                    options.rejected_path.unlink(missing_ok=True)
+            writer.finish(_meta(options.recipe, facts, tally, categories, sources))
     return tally
 
 
-def _outcomes(
-    options: BuildOptions, tokenizer: Tokenizer, chunks: Iterable[Chunk]
-) -> Iterator[tuple[Chunk, Outcomes]]:
-    if options.num_workers == 1:
-        for chunk in chunks:
-            yield chunk, tokenizer.make(chunk.records)
-        return
-    with Workers(options.recipe, num_workers=options.num_workers) as workers:
-        yield from workers.map(chunks)
+def _makers(options: BuildOptions) -> MakesSamples:
+    if options.ray:
+        from megasft.data.ray_workers import RayWorkers
+
+        return RayWorkers(options.recipe, address=options.ray, num_workers=options.num_workers)
+    if options.num_workers == 0:
+        return ThisProcess(options.recipe)
+    return Workers(options.recipe, num_workers=options.num_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +219,31 @@ class _Ledger:
     on_rejected: Complaint
 
     def reject(self, source_index: int, bad: Rejected) -> None:
-        source = self.sources[source_index]
         self.tally.rejected[bad.reason] += 1
-        self.on_rejected(source.place(bad.line), f"{bad.reason}: {bad.detail}")
-        entry = {"file": str(source.path), "line": bad.line}
-        entry |= {"reason": bad.reason, "detail": bad.detail}
-        self.file.write(orjson.dumps(entry) + b"\n")
+        place = self.sources[source_index].place(bad.line)
+        self.on_rejected(place, f"{bad.reason}: {bad.detail}")
+        self._write(source_index, bad.line, bad.reason, bad.detail)
+
+    def drop(self, source_index: int, dropped: Dropped) -> None:
+        self.tally.drop(dropped)
+        detail = f"{dropped.num_tokens:,} tokens; left out (--too-long)"
+        self._write(source_index, dropped.line, "dropped: too long", detail)
+
+    def _write(self, source_index: int, line: int, reason: str, detail: str) -> None:
+        entry = {"file": str(self.sources[source_index].path), "line": line}
+        try:
+            self.file.write(orjson.dumps(entry | {"reason": reason, "detail": detail}) + b"\n")
+        except OSError as error:
+            raise StoreError(f"{self.file.name} cannot be written: {error.strerror}") from None
 
 
-def _categorized(
-    outcome: Made | Rejected, options: BuildOptions, source: Source
-) -> Made | Rejected:
-    if isinstance(outcome, Rejected) or outcome.category != Category():
+def _categorized(outcome: Outcome, options: BuildOptions, source: Source) -> Outcome:
+    if not isinstance(outcome, Made) or all(c != Category() for c in outcome.categories):
         return outcome
     name = category_of(source.path) if options.category_from_file else options.category
-    return outcome._replace(category=Category(name=name or None))
+    default = Category(name=name or None)
+    named = tuple(default if c == Category() else c for c in outcome.categories)
+    return outcome._replace(categories=named)
 
 
 def _store(
@@ -186,12 +254,15 @@ def _store(
         if isinstance(outcome, Rejected):
             ledger.reject(chunk.source, outcome)
             continue
+        if isinstance(outcome, Dropped):
+            ledger.drop(chunk.source, outcome)
+            continue
         try:
-            category_id = categories.resolve(outcome.category)
+            category_ids = [categories.resolve(category) for category in outcome.categories]
         except BadRecordError as error:
             ledger.reject(chunk.source, Rejected(outcome.line, error.reason, error.detail))
             continue
-        outcome.sample.turns[:, _CATEGORY] = category_id
+        outcome.sample.turns[:, _CATEGORY] = category_ids
         writer.add(outcome.sample, source=chunk.source, line=outcome.line)
         ledger.tally.add(outcome)
 
@@ -212,18 +283,22 @@ def _judge(options: BuildOptions, tally: Tally) -> None:
 
 
 def _meta(
-    tokenizer: Tokenizer, tally: Tally, categories: Categories, sources: list[Source]
+    recipe: Recipe,
+    facts: TokenizerFacts,
+    tally: Tally,
+    categories: Categories,
+    sources: list[Source],
 ) -> dict[str, Any]:
-    hf = tokenizer.hf
     return {
         "megasft_version": megasft.__version__,
-        "tokenizer": tokenizer.facts(),
-        "special_tokens": {
-            "bos": hf.bos_token_id,
-            "eos": hf.eos_token_id,
-            "pad": hf.pad_token_id,
-            "end_of_turn": sorted(tally.stop_ids),
+        "recipe": {
+            "fields": asdict(recipe.fields),
+            "special_tokens_in_text": recipe.special_tokens_in_text,
+            "stripped_thinking": recipe.rendering.stripped_thinking,
+            "limit": asdict(recipe.limit),
         },
+        "tokenizer": facts.meta,
+        "special_tokens": facts.special_ids | {"end_of_turn": sorted(tally.stop_ids)},
         "categories": categories.as_meta(),
         "counts": tally.counts(),
         "sources": [source.as_meta() for source in sources],

@@ -14,9 +14,9 @@ from typing import Any, Final
 from megasft.errors import DataError
 
 ROLES: Final = ("system", "user", "assistant", "tool")
-TRAIN_ON: Final = ("all-turns", "last-turn", "labels")
-"""Which assistant messages are trained: all but those labelled 0, the last one unless labelled 0,
-or those labelled 1 alone."""
+TRAIN_ON: Final = ("all-turns", "last-turn", "labels", "everything")
+"""What is trained: all assistant messages but those labelled 0, the last one unless labelled 0,
+those labelled 1 alone, or every token of the conversation as one turn."""
 LABEL_KEYS: Final = ("label", "labels", "loss")
 REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 MAX_RECORD_BYTES: Final = 16 * 2**20
@@ -39,6 +39,7 @@ REASONS: Final = (
     "the template changed the message",
     "needs {% generation %}",
     "turn without tokens",
+    "too long",
 )
 """Every reason a record can be rejected for."""
 
@@ -52,6 +53,29 @@ class BadRecordError(DataError):
         assert reason in REASONS, reason
 
 
+class UnfaithfulError(DataError):
+    """A fast road does not do what its reference does; the build begins again without it.
+
+    Attributes:
+        road: ``render`` or ``encode``.
+    """
+
+    def __init__(self, road: str, detail: str) -> None:
+        super().__init__(road, detail)
+        self.road, self.detail = road, detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """What a record says about its category; both None when it says nothing."""
+
+    id: int | None = None
+    name: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation.
@@ -61,24 +85,18 @@ class Message:
         content: Its text; None only for an assistant message that just calls tools.
         trained: An assistant message whose tokens are labels.
         extra: Other fields the chat template may read (``tool_calls``, ``name``, ...).
+        category: Its own one, where the messages of a record have several.
     """
 
     role: str
     content: str | None
     trained: bool
     extra: Mapping[str, Any]
+    category: Category | None = None
 
     def as_dict(self, content: str | None) -> dict[str, Any]:
         """Return what a chat template is given, with this content in place of the own one."""
         return {"role": self.role, "content": content, **self.extra}
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """What a record says about its category; both None when it says nothing."""
-
-    id: int | None = None
-    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +124,8 @@ def make_messages(
     flags = _record_labels(labels, count=len(raw))
     is_default = train_on != "labels"
     messages = tuple(_message(item, i, flags, is_default) for i, item in enumerate(raw))
+    if train_on == "everything":
+        return tuple(replace(m, trained=False) for m in messages)
     if not any(m.role == "assistant" for m in messages):
         raise BadRecordError(
             "no assistant turn", f"none of the {len(messages)} messages is assistant's"

@@ -1,6 +1,7 @@
 """From a record as people store it to a conversation: one adapter a format.
 
-    messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...], "tools": ...}
+    messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...], "tools": ...,
+                "categories": [...]}; labels and categories, where given, have one entry a message
     sharegpt   {"conversations": [{"from": "human", "value": ...}], "system": ..., "tools": ...}
     prompt     {"prompt": ..., "response": ...}; --prompt-key, --response-key, and, where wanted,
                --system-key and --query-key name other fields
@@ -16,7 +17,7 @@ other. A record may carry ``meta.category_id`` and ``meta.category_name`` in eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import orjson
@@ -25,7 +26,9 @@ from megasft.data.conversation import (
     LABEL_KEYS,
     MAX_RECORD_BYTES,
     BadRecordError,
+    Category,
     Conversation,
+    Message,
     category_from_field,
     make_category,
     make_messages,
@@ -119,7 +122,28 @@ def _format_of(record: dict[str, Any], mapping: FieldMap) -> str:
 
 
 def _from_messages(record: dict[str, Any], mapping: FieldMap) -> Conversation:
-    return _conversation(record, _list(record, "messages"), record.get("labels"), mapping)
+    raw = _list(record, "messages")
+    made = _conversation(record, raw, record.get("labels"), mapping)
+    own = record.get("categories")
+    return made if own is None else replace(made, messages=_categorized(made.messages, own))
+
+
+def _categorized(messages: tuple[Message, ...], own: Any) -> tuple[Message, ...]:
+    """Give each message its entry of ``categories``: a name, an id, an object or null."""
+    if not isinstance(own, list) or len(own) != len(messages):
+        raise BadRecordError(
+            "bad category", f"`categories` must be a list of {len(messages)} (one a message)"
+        )
+    return tuple(
+        message if entry is None else replace(message, category=_category(entry))
+        for message, entry in zip(messages, own, strict=True)
+    )
+
+
+def _category(entry: Any) -> Category:
+    if isinstance(entry, dict):
+        return make_category(entry)
+    return category_from_field({"categories": entry}, "categories")
 
 
 def _from_sharegpt(record: dict[str, Any], mapping: FieldMap) -> Conversation:

@@ -1,21 +1,25 @@
-"""Which files an ``--input`` means: a file, a folder, a glob, or what ``save_to_disk`` wrote.
+"""Which files an ``--input`` means: a file, a folder, a glob, a URL, or the name of a dataset.
 
 Whatever was asked for becomes a sorted list of files, so that the same inputs give the same store
-on every machine. A folder is searched to its bottom for the suffixes below; a folder written by
-``datasets.save_to_disk`` is its data files in the order its own state.json names, and one with
-several splits is refused: joining a train and a test split unasked would be the worse surprise.
-Names on the hub are not resolved: a build reads what lies on this machine, and hashes it.
+on every machine. A folder, here or in an object store, is searched to its bottom for the suffixes
+below; a folder written by ``datasets.save_to_disk`` is its data files in the order its own
+state.json names. Where there are several splits to choose from, be it by that library's files or
+by file names like train.json and eval.json, the folder is refused: joining a train and a test
+split unasked would be the worse surprise. Files that were named, or matched by a glob, are taken.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Final
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple
 
 import orjson
 
+from megasft.data.hub import files_of_dataset, is_dataset, title_of_dataset
+from megasft.data.remote import Location, Remote, is_glob, is_url, list_files, without_secrets
 from megasft.errors import DataError
 
 TEXT_SUFFIXES: Final = (".jsonl", ".ndjson", ".json")
@@ -28,33 +32,49 @@ SUFFIXES: Final = (
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_DATA: Final = {_STATE, _SPLITS, "dataset_info.json", "dataset_infos.json"}
+_TRAIN_WORDS: Final = {"train", "training"}
+_HELD_OUT_WORDS: Final = {
+    *("test", "testing", "eval", "evaluation"),
+    *("dev", "val", "valid", "validation"),
+}
 
 
-def find_files(inputs: Iterable[Path]) -> list[Path]:
+def find_files(inputs: Iterable[str | Location]) -> list[Location]:
     """Return the files all inputs mean: the inputs in their order, each one's files sorted.
 
-    A path that is not there is returned as it is, for whoever opens it to complain about.
+    A path that is not there is returned as it is, for whoever opens it to complain about. What
+    was found before is found again without asking its server.
 
     Raises:
-        DataError: A folder holds no data, a glob matches nothing, or splits must be chosen from.
+        DataError: A folder holds no data, a glob matches nothing, splits must be chosen from, or
+            a URL or a dataset cannot be reached.
     """
-    return [file for path in inputs for file in _files_of(path)]
+    return [file for item in inputs for file in _files_of(item)]
 
 
-def category_of(file: Path) -> str:
+def category_of(file: Location) -> str:
     """Return the name a file gives to its conversations.
 
     Example:
         >>> category_of(Path("data/maths.jsonl.gz"))
         'maths'
     """
-    if (file.parent / _STATE).is_file():
+    if is_dataset(str(file)):
+        return title_of_dataset(str(file))
+    if isinstance(file, Path) and (file.parent / _STATE).is_file():
         return file.parent.resolve().name  # every data file of `datasets` is called data-00000-...
-    suffix = max((s for s in SUFFIXES if file.name.endswith(s)), key=len, default=file.suffix)
-    return file.name.removesuffix(suffix) or file.name
+    suffix = max((s for s in SUFFIXES if file.name.endswith(s)), key=len, default="")
+    return file.name.removesuffix(suffix or PurePosixPath(file.name).suffix) or file.name
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(item: str | Location) -> list[Location]:
+    if isinstance(item, Remote):
+        return [item]
+    if isinstance(item, str) and is_dataset(item):
+        return [*files_of_dataset(item)]
+    if isinstance(item, str) and is_url(item):
+        return _files_at(item)
+    path = Path(item)
     if path.is_dir():
         return _files_in(path)
     if path.exists() or not glob.has_magic(str(path)):
@@ -65,37 +85,83 @@ def _files_of(path: Path) -> list[Path]:
     return find_files(Path(match) for match in matches)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    if (folder / _SPLITS).is_file():
-        splits = [str(name) for name in _json(folder / _SPLITS).get("splits", [])]
+def _files_in(path: Path) -> list[Location]:
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    folder = _Folder(str(path), set(names), lambda name: (path / name).read_bytes())
+    return [path / name for name in _data_of(folder)]
+
+
+def _files_at(url: str) -> list[Location]:
+    found = list_files(url)
+    if isinstance(found, Remote):
+        return [found]
+    if is_glob(url):
+        return [*found.values()]
+    folder = _Folder(without_secrets(url), set(found), lambda name: found[name].read_bytes())
+    return [found[name] for name in _data_of(folder)]
+
+
+class _Folder(NamedTuple):
+    """All files under a folder by their name in it, with ``/``, wherever it lies."""
+
+    shown: str
+    names: set[str]
+    read: Callable[[str], bytes]
+
+    def place(self, name: str) -> str:
+        return f"{self.shown.rstrip('/')}/{name}".rstrip("/")
+
+
+def _data_of(folder: _Folder, inside: str = "") -> list[str]:
+    if inside + _SPLITS in folder.names:
+        splits = [str(name) for name in _json(folder, inside + _SPLITS).get("splits", [])]
         if len(splits) != 1:
             raise DataError(
-                f"{folder} holds {len(splits)} splits ({', '.join(splits)}); name the ones to "
-                f"build, such as --input {folder / (splits or ['train'])[0]}"
+                f"{folder.place(inside)} holds {len(splits)} splits ({', '.join(splits)}); name "
+                f"the ones to build, such as --input {folder.place(inside + 'train')}"
             )
-        return _files_in(folder / splits[0])
-    if (folder / _STATE).is_file():
-        listed = _json(folder / _STATE).get("_data_files", [])
-        return [folder / item["filename"] for item in listed]
-    found = [file for file in folder.rglob("*") if _is_data(file, folder)]
+        return _data_of(folder, f"{inside}{splits[0]}/")
+    if inside + _STATE in folder.names:
+        listed = _json(folder, inside + _STATE).get("_data_files", [])
+        return [inside + item["filename"] for item in listed]
+    found = [name for name in folder.names if name.startswith(inside) and _is_data(name, folder)]
     if not found:
         raise DataError(
-            f"{folder} holds no data file (0 conversations); files that end in "
+            f"{folder.place(inside)} holds no data file (0 conversations); files that end in "
             f"{', '.join(SUFFIXES)} are looked for, any other must be named"
         )
-    return sorted(found)
+    found.sort(key=lambda name: name.split("/"))
+    _require_one_split(folder, found)
+    return found
 
 
-def _is_data(file: Path, folder: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    is_named_like_data = file.name.endswith(SUFFIXES) and file.name not in _NOT_DATA
-    is_cache = file.name.startswith("cache-") and (file.parent / _STATE).is_file()
-    return is_named_like_data and not is_hidden and not is_cache and file.is_file()
+def _is_data(name: str, folder: _Folder) -> bool:
+    parents, _, last = name.rpartition("/")
+    is_hidden = any(part.startswith(".") for part in name.split("/"))
+    is_named_like_data = last.endswith(SUFFIXES) and last not in _NOT_DATA
+    is_beside_state = f"{parents}/{_STATE}".removeprefix("/") in folder.names
+    return (
+        is_named_like_data and not is_hidden and not (is_beside_state and last.startswith("cache-"))
+    )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _require_one_split(folder: _Folder, names: list[str]) -> None:
+    words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in names}
+    train = [name for name in names if words[name] & _TRAIN_WORDS]
+    held_out = [name for name in names if words[name] & _HELD_OUT_WORDS and name not in train]
+    if train and held_out:
+        raise DataError(
+            f"{folder.shown} holds several splits: {len(train)} of training, such as {train[0]}, "
+            f"and {len(held_out)} held out, such as {held_out[0]}; name the files to build, such "
+            f"as --input {folder.place(train[0])}"
+        )
+
+
+def _json(folder: _Folder, name: str) -> dict[str, Any]:
     try:
-        found = orjson.loads(file.read_bytes())
+        found = orjson.loads(folder.read(name))
     except (OSError, orjson.JSONDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}; save the dataset again") from None
+        raise DataError(
+            f"{folder.place(name)} cannot be read: {error}; save the dataset again"
+        ) from None
     return found if isinstance(found, dict) else {}

@@ -1,9 +1,8 @@
 """Records of the input files, in order, with the place each came from.
 
-A .jsonl file is streamed, compressed or not, and so is a table (parquet, Arrow): memory stays flat
-whatever their size. A file that starts with ``[`` is one JSON list; it has to be read whole. The
-"line" of a list or a table is the number of the record. Lines and records count from 1. What a
-file is, its first bytes say; its name does not count.
+All files are streamed, compressed or not: memory stays flat whatever their size. A file that starts
+with ``[`` is one JSON list. The "line" of a list or a table (parquet, Arrow) is the number of the
+record. Lines and records count from 1. What a file is, its first bytes say, not its name.
 
 Records leave here as raw bytes, in chunks, because parsing is the workers' job. Of a line longer
 than a record may be, only as much is kept as shows that it is too long.
@@ -11,14 +10,14 @@ than a record may be, only as much is kept as shows that it is too long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
-import orjson
-
 from megasft.data.conversation import MAX_RECORD_BYTES
+from megasft.data.json_list import split_list
+from megasft.data.remote import Location, Remote
 from megasft.data.streams import open_text
 from megasft.data.tables import is_table, read_rows, require_pyarrow
 from megasft.errors import DataError
@@ -51,11 +50,11 @@ class Source:
     """One input file; size and hash, as it lies on disk, are known once it was read to its end.
 
     Attributes:
-        path: As the user wrote it.
+        path: As the user wrote it; its text is what a user is shown.
         kind: JSONL, or JSON_LIST or TABLE, whose places are records instead of lines.
     """
 
-    path: Path
+    path: Location
     kind: str = JSONL
     num_bytes: int = 0
     num_records: int = 0
@@ -75,7 +74,7 @@ class Source:
         }
 
 
-def open_sources(paths: list[Path]) -> list[Source]:
+def open_sources(paths: Sequence[Location]) -> list[Source]:
     """Check that every input can be read, before anything is written.
 
     Raises:
@@ -102,13 +101,13 @@ def read_chunks(sources: list[Source]) -> Iterator[Chunk]:
             )
 
 
-def _kind_of(path: Path) -> str:
-    if not path.is_file():
+def _kind_of(path: Location) -> str:
+    if not isinstance(path, Remote) and not path.is_file():
         raise DataError(
             f"{path} is not a file; --input takes files, folders and globs of .jsonl, .json, "
-            ".parquet and .arrow on this machine"
+            ".parquet and .arrow, URLs such as s3://, and hub:OWNER/NAME[SPLIT]"
         )
-    if path.stat().st_size == 0:
+    if not isinstance(path, Remote) and path.stat().st_size == 0:
         raise DataError(f"{path}:1: the file is empty (0 conversations); remove it from --input")
     with open_text(path) as (text, _):
         try:
@@ -158,39 +157,34 @@ def _skip_line(text: BinaryIO, data: bytes) -> None:
 
 def _read_list(index: int, source: Source) -> Iterator[Chunk]:
     with open_text(source.path) as (text, counted):
-        data = text.read()
-        source.sha256 = counted.sha256()
-    try:
-        items = orjson.loads(data.removeprefix(_BOM))
-    except orjson.JSONDecodeError as error:
-        raise DataError(
-            f"{source.path}:{error.lineno}: not JSON: {error}; a JSON list is read whole, so none "
-            "of its records can be used (0 conversations); mend it, or store one record a line"
-        ) from None
-    del data
-    yield from _chunks_of(index, source, map(orjson.dumps, items), counted.num_bytes)
+
+        def records() -> Iterator[bytes]:
+            yield from split_list(text.read, str(source.path))
+            source.sha256 = counted.sha256()
+
+        yield from _chunks_of(index, source, records(), lambda size: counted.num_bytes)
 
 
 def _read_table(index: int, source: Source) -> Iterator[Chunk]:
     with open_text(source.path) as (_, counted):
         source.sha256 = counted.sha256()
-    yield from _chunks_of(index, source, read_rows(source.path), counted.num_bytes)
+    # Where in the file a row lies is unknown: the size of the records moves the bar.
+    total = counted.num_bytes
+    yield from _chunks_of(index, source, read_rows(source.path), lambda size: min(size, total))
 
 
 def _chunks_of(
-    index: int, source: Source, items: Iterator[bytes], num_bytes: int
+    index: int, source: Source, items: Iterator[bytes], place_of: Callable[[int], int]
 ) -> Iterator[Chunk]:
-    # Where in the file a record lies is unknown here: its own size moves the bar, the last one
-    # takes what is left.
     records: list[tuple[int, bytes]] = []
-    size = 0
+    size = done = 0
     for number, item in enumerate(items, start=1):
         records.append((number, item))
         size += len(item)
-        if size >= CHUNK_BYTES:
-            yield _chunk(index, source, records, min(size, num_bytes - source.num_bytes))
-            records, size = [], 0
-    yield _chunk(index, source, records, num_bytes - source.num_bytes)
+        if size - done >= CHUNK_BYTES:
+            yield _chunk(index, source, records, place_of(size) - source.num_bytes)
+            records, done = [], size
+    yield _chunk(index, source, records, place_of(sys.maxsize) - source.num_bytes)
 
 
 def _chunk(index: int, source: Source, records: list[tuple[int, bytes]], size: int) -> Chunk:

@@ -1,77 +1,82 @@
-"""One render of the chat template, and where in it the supervised answers lie.
+"""One render of the chat template, and where in it the supervised turns lie.
 
-The tokens of a sample come from ONE render of the whole conversation. Rendering prefixes
-(``messages[:i]``) is not done: templates that strip the thinking of earlier turns render a prefix
-differently from the whole. To learn where the answers lie, the same conversation is rendered a
-second time with two non-characters around each trained content. Without its marks that second
-render must be, byte for byte, the first one, and what lies between the marks must be the content;
-then the spans are exact for this very conversation, whatever the template does, and repeated,
-empty or role-named contents cannot confuse them. Three placements of the marks are tried:
+The tokens of a sample come from ONE render of the whole conversation, never from prefixes of it.
+Three roads lead to the same render, each the judge of the one before:
 
-    around the content              the template copies it
-    around the stripped content     the template trims it
-    behind the stripped content     the template takes it apart and puts it together (Qwen3's
-                                    thinking); the text before the mark must then be the content
+    skeleton   the shape of the conversation was rendered before: its texts are joined into it.
+               The spans are the skeleton's.
+    Jinja      the template itself; the join is compared with it, character by character: always
+               where the template looks for something these texts hold, at the first use of a
+               shape, and for a sample of all conversations (or all, with ``check_all``)
+    marks      where the two differ because the template looked into the texts, two renders with
+               marks find the answers (``marks.py``), or the record is rejected
 
-When none fits, the template changed the message and the record is rejected: nothing is guessed.
-A template with ``{% generation %}`` says itself what is trained, so its blocks are marked instead.
-Only there can tool calls and separate reasoning fields be trained.
-
-A span is then extended over white space to the special token behind it, the model's sign that it
-is done; some templates use the next role token for that. Price: the template runs twice, which is
-small beside the encoding. Rejected: searching the contents in the render (ambiguous), rendering
-with placeholder contents (fails with templates that look into them), and transformers' own
-``return_assistant_tokens_mask`` (silently empty without generation tags, misplaced inside macros).
-
-The Jinja environment mirrors transformers' (a test compares the renders) but for one thing:
-``strftime_now`` returns ``TEMPLATE_DATE``, because the same inputs must give the same bytes.
+When they differ and nothing the template looks for is in the texts, the template decides by
+something a skeleton cannot know (lengths, counts): ``UnfaithfulError`` ends the build, which begins
+again with ``check_all`` and says so.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from megasft.data.chat_template import ChatTemplate
+from megasft.data.conversation import (
+    REASONING_KEYS,
+    BadRecordError,
+    Conversation,
+    Message,
+    UnfaithfulError,
+)
+from megasft.data.marks import MARKS, generation_blocks, require_whole, trained_contents
+from megasft.data.shape import Shape, extra_texts, shape_of
+from megasft.data.skeleton import Skeleton, learn
+from megasft.data.specials import SpecialTokens
+from megasft.data.turn_bounds import Place, Span, TurnBounds
 
-from megasft.data.conversation import REASONING_KEYS, BadRecordError, Conversation, Message
-
-TEMPLATE_DATE: Final = datetime(2024, 7, 26, tzinfo=UTC)
-"""What a template sees as today; the default of Llama 3's templates."""
-
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # non-characters: never assigned, kept by strip() and tojson
-_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-class Span(NamedTuple):
-    """Supervised characters of a render.
-
-    Attributes:
-        start: First character of the answer.
-        end: Behind its last character, or behind its stop token.
-        stop: The special token that ends the turn, included in the span; None if there is none.
-        message: Index of the message.
-    """
-
-    start: int
-    end: int
-    stop: str | None
-    message: int
+STRIPPED_THINKING: Final = ("mask", "train", "reject")
+_MAX_SHAPES: Final = 4_096
+"""Shapes remembered; conversations that call tools have shapes of their own, which must not pile
+up."""
+_CHECKED_SHAPES: Final = 256
+"""Shapes whose first conversation is compared with Jinja; of later ones, a sample is."""
 
 
 class Rendered(NamedTuple):
-    """A rendered conversation; its spans ascend and do not overlap."""
+    """A rendered conversation.
+
+    Attributes:
+        text: The render.
+        spans: Ascending, not overlapping.
+        stripped: Messages that were to be trained and are not, because their thinking is not in
+            the render.
+        is_hidden: The template's special tokens have their private names (``specials.py``).
+    """
 
     text: str
     spans: tuple[Span, ...]
+    stripped: int = 0
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RenderOptions:
+    """How conversations are rendered.
+
+    Attributes:
+        stripped_thinking: What becomes of a message whose thinking the template leaves out:
+            ``mask`` (not trained), ``train`` (its answer is), or ``reject``.
+        check_all: Compare every conversation with Jinja.
+    """
+
+    stripped_thinking: str = "mask"
+    check_all: bool = False
+
+
+_DEFAULT: Final = RenderOptions()
 
 
 class Renderer:
@@ -81,241 +86,220 @@ class Renderer:
         template: Jinja source.
         special_tokens: What the template may name, ``{"eos_token": "</s>", ...}``.
         stops: Special tokens that can end a turn.
+        specials: Special tokens in the texts, and what becomes of them; None leaves them alone.
+        options: How conversations are rendered.
     """
 
     def __init__(
-        self, template: str, *, special_tokens: dict[str, Any], stops: Iterable[str]
+        self,
+        template: str,
+        *,
+        special_tokens: Mapping[str, Any],
+        stops: Iterable[str],
+        specials: SpecialTokens | None = None,
+        options: RenderOptions = _DEFAULT,
     ) -> None:
-        self.has_generation_tags = _GENERATION.search(template) is not None
-        self._special_tokens = special_tokens
-        self._plain = _compile(template, _Unmarked)
-        self._marked = _compile(template, _Marked) if self.has_generation_tags else self._plain
-        self._stop = re.compile(rf"\s*({_any_of(stops)})")
-        self._stop_inside = re.compile(rf"({_any_of(stops)})\s*\Z")
+        self._template = ChatTemplate(template, special_tokens)
+        self._bounds = TurnBounds(self._template, tuple(stops))
+        self._specials, self._options = specials, options
+        self._skeletons: dict[Shape, Skeleton | BadRecordError | None] = {}
+        self._hidden: dict[Shape, Skeleton] = {}
+        self._num_checked = 0
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render a conversation and find its trained answers.
+    def render(self, conversation: Conversation, *, check: bool = False) -> Rendered:
+        """Render a conversation and find its trained turns.
+
+        Args:
+            conversation: What to render.
+            check: Compare the render with Jinja's.
 
         Raises:
             BadRecordError: The template refuses the conversation or changes a trained message.
+            UnfaithfulError: The render is not Jinja's, and nothing in the texts explains it.
         """
-        if not self.has_generation_tags:
-            _require_plain(conversation)
-        text = self._run(self._plain, conversation, _unchanged)
-        if _MARKS.search(text):
-            raise BadRecordError("special token in the text", "it holds U+FDD0 or U+FDD1")
-        if self.has_generation_tags:
-            found = self._blocks(conversation, text)
-        else:
-            found = self._contents(conversation, text)
-        spans = tuple(self._with_stop(text, *span) for span in found)
-        if any(left.end > right.start for left, right in pairwise(spans)):
-            raise BadRecordError(
-                "the template changed the message", "its answers overlap or swap places"
-            )
-        return Rendered(text, spans)
-
-    def _run(
-        self, template: Template, conversation: Conversation, mark: Callable[[str], str]
-    ) -> str:
-        messages = [
-            m.as_dict(mark(m.content) if m.trained and m.content is not None else m.content)
-            for m in conversation.messages
-        ]
-        tools = [dict(tool) for tool in conversation.tools] if conversation.tools else None
-        try:
-            return template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=False,
-                **self._special_tokens,
-            )
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise BadRecordError(
-                "the template refused", f"the chat template says: {error}"
-            ) from None
-
-    def _contents(self, conversation: Conversation, text: str) -> list[tuple[int, int, int]]:
-        trained = [(i, m) for i, m in enumerate(conversation.messages) if m.trained]
-        for mark, locate in _PLACEMENTS:
-            try:
-                marked = self._run(self._plain, conversation, mark)
-            except BadRecordError:
-                continue  # a template may dislike the marks; another placement can do
-            bare, places = _take_marks(marked)
-            if bare == text:
-                spans = locate(text, places, [m.content or "" for _, m in trained])
-                if spans is not None:
-                    return [(*span, i) for span, (i, _) in zip(spans, trained, strict=True)]
-        numbers = ", ".join(str(i) for i, _ in trained)
-        raise BadRecordError(
-            "the template changed the message",
-            f"the chat template does not render all trained messages ({numbers}) as they are (some "
-            "templates strip earlier thinking): label those it changes 0, or use a template with "
-            "{% generation %}",
+        shape, leaves = shape_of(conversation)
+        must_hide = self._must_hide(conversation, leaves)
+        is_shielded = self._in_fields(conversation) is not None
+        if is_shielded:  # a stop token in an argument must not end the turn
+            conversation = self._shielded(conversation)
+            shape, leaves = shape_of(conversation)
+        is_new = shape not in self._skeletons
+        skeleton = self._skeleton(shape, conversation) if is_new else self._skeletons[shape]
+        if not isinstance(skeleton, Skeleton) or skeleton.num_leaves != len(leaves):
+            return self._without_skeleton(conversation, must_hide, skeleton)
+        text, spans = skeleton.join(leaves)
+        is_looked_into = self._template.looks_for.meet(leaves)
+        is_first = is_new and self._num_checked < _CHECKED_SHAPES
+        if is_looked_into or is_first or check or self._options.check_all:
+            self._num_checked += is_first
+            if text != self._template.run(_as_dicts(conversation), conversation.tools):
+                if not (is_looked_into or self._options.check_all):
+                    raise UnfaithfulError("render", _unlike(conversation))
+                return self._by_marks(conversation, must_hide)
+        if must_hide or is_shielded:
+            text, spans = self._hide(shape, skeleton, must_hide).join(leaves)
+        return self._judge(
+            conversation, Rendered(text, tuple(spans), is_hidden=must_hide), skeleton
         )
 
-    def _blocks(self, conversation: Conversation, text: str) -> list[tuple[int, int, int]]:
-        bare, places = _take_marks(self._run(self._marked, conversation, _unchanged))
-        answers = [(i, m) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
-        kinds = [kind for kind, _ in places]
-        if bare != text or kinds != [_OPEN, _CLOSE] * len(answers):
-            raise BadRecordError(
-                "the template changed the message",
-                f"the chat template marks {kinds.count(_OPEN)} {{% generation %}} blocks for "
-                f"{len(answers)} assistant messages",
+    def _skeleton(
+        self, shape: Shape, conversation: Conversation
+    ) -> Skeleton | BadRecordError | None:
+        skeleton: Skeleton | BadRecordError | None
+        try:
+            skeleton = learn(self._template, self._bounds, conversation)
+        except BadRecordError as error:
+            skeleton = error
+        if len(self._skeletons) >= _MAX_SHAPES:
+            oldest = next(iter(self._skeletons))
+            del self._skeletons[oldest]
+            self._hidden.pop(oldest, None)
+        self._skeletons[shape] = skeleton
+        return skeleton
+
+    def _without_skeleton(
+        self, conversation: Conversation, must_hide: bool, error: object
+    ) -> Rendered:
+        try:  # the record itself may fare better than names in the place of its texts
+            return self._by_marks(conversation, must_hide)
+        except BadRecordError as own:
+            is_about_texts = own.reason == "needs {% generation %}"
+            if is_about_texts and isinstance(error, BadRecordError):
+                raise error from None
+            raise
+
+    def _must_hide(self, conversation: Conversation, leaves: list[str]) -> bool:
+        if self._specials is None or self._specials.policy == "keep":
+            return False
+        found = self._specials.find(leaves) or self._in_fields(conversation)
+        if found is not None and self._specials.policy == "reject":
+            raise self._specials.refuse(
+                found, "(--special-tokens-in-text escape makes plain text of it, keep allows it)"
             )
+        return found is not None
+
+    def _in_fields(self, conversation: Conversation) -> str | None:
+        has_fields = conversation.tools or any(m.extra for m in conversation.messages)
+        if has_fields and self._specials is not None:
+            return self._specials.find(list(extra_texts(conversation)))
+        return None
+
+    def _shielded(self, conversation: Conversation) -> Conversation:
+        assert self._specials is not None
+        shield = self._specials.shield
+        messages = tuple(replace(m, extra=_but_leaves(m, shield)) for m in conversation.messages)
+        return replace(conversation, messages=messages, tools=shield(conversation.tools))
+
+    def _hide(self, shape: Shape, skeleton: Skeleton, must_hide: bool) -> Skeleton:
+        if shape not in self._hidden:
+            specials = self._specials
+            assert specials is not None
+            hidden = map(specials.hide, skeleton.pieces) if must_hide else skeleton.pieces
+            self._hidden[shape] = skeleton._replace(pieces=tuple(map(specials.reveal, hidden)))
+        return self._hidden[shape]
+
+    def _judge(
+        self, conversation: Conversation, rendered: Rendered, skeleton: Skeleton
+    ) -> Rendered:
+        if skeleton.stripped:
+            policy = self._options.stripped_thinking
+            if policy == "reject":
+                numbers = ", ".join(map(str, sorted(skeleton.stripped)))
+                raise BadRecordError(
+                    "the template changed the message",
+                    f"the chat template leaves out the thinking of the messages {numbers}, which "
+                    "are to be trained; label them 0, or see --stripped-thinking",
+                )
+            if policy == "mask":
+                kept = tuple(s for s in rendered.spans if s.message not in skeleton.stripped)
+                rendered = rendered._replace(spans=kept, stripped=len(skeleton.stripped))
+        has_trained = any(m.trained for m in conversation.messages)
+        if has_trained and not rendered.spans:
+            raise BadRecordError(
+                "nothing to train",
+                "the chat template leaves out the thinking of all trained messages "
+                "(--stripped-thinking train trains their answers without it)",
+            )
+        _require_order(rendered.spans)
+        return rendered
+
+    def _by_marks(self, conversation: Conversation, must_hide: bool) -> Rendered:
+        if must_hide:
+            raise BadRecordError(
+                "special token in the text",
+                "a special token in the text cannot be escaped, because the chat template looks "
+                "into the texts of this conversation (--special-tokens-in-text keep allows it)",
+            )
+        template = self._template
+        messages = _as_dicts(conversation)
+        text = template.run(messages, conversation.tools)
+        if MARKS.search(text):
+            raise BadRecordError("special token in the text", "it holds U+FDD0 or U+FDD1")
+        if not any(m.trained for m in conversation.messages):
+            return Rendered(text, ())
+        if template.has_generation_tags:
+            spans = self._tagged(conversation, text)
+        else:
+            blocks = trained_contents(template, conversation, text)
+            spans = self._extended(conversation, text, blocks)
+        _require_order(spans)
+        return Rendered(text, tuple(spans))
+
+    def _tagged(self, conversation: Conversation, text: str) -> list[Span]:
+        marked = self._template.run(
+            _as_dicts(conversation), conversation.tools, mark_generation=True
+        )
         spans = []
-        for number, (index, message) in enumerate(answers):
-            start, end = places[2 * number][1], places[2 * number + 1][1]
+        for start, end, index in generation_blocks(conversation, marked, text):
+            message = conversation.messages[index]
             if message.trained:
-                _require_whole(index, message, text[start:end])
-                spans.append((start, end, index))
+                require_whole(index, message, text[start:end])
+                place = Place(index, start, end, start, len(text), calls_tools=False)
+                spans.append(self._bounds.with_stop(text, start, place))
         return spans
 
-    def _with_stop(self, text: str, start: int, end: int, message: int) -> Span:
-        if inside := self._stop_inside.search(text[start:end]):  # a block may hold the stop token
-            return Span(start, start + inside.end(1), inside[1], message)
-        if behind := self._stop.match(text, end):
-            return Span(start, behind.end(), behind[1], message)
-        return Span(start, end, None, message)
+    def _extended(
+        self, conversation: Conversation, text: str, blocks: list[tuple[int, int, int]]
+    ) -> list[Span]:
+        messages = _as_dicts(conversation)
+
+        def prompt(count: int) -> str:
+            return self._template.run(
+                messages[:count], conversation.tools, add_generation_prompt=True
+            )
+
+        ends = [0, *(end for _, end, _ in blocks)]
+        starts = [*(start for start, _, _ in blocks), len(text)]
+        spans = []
+        for k, (start, end, index) in enumerate(blocks):
+            place = Place(
+                index, start, end, ends[k], max(end, starts[k + 1]), False, is_alone=False
+            )
+            spans.append(self._bounds.span(text, place, prompt))
+        return [span for span in spans if span is not None]
 
 
-def _unchanged(content: str) -> str:
-    return content
+def _as_dicts(conversation: Conversation) -> list[dict[str, Any]]:
+    return [message.as_dict(message.content) for message in conversation.messages]
 
 
-def _around(content: str) -> str:
-    return f"{_OPEN}{content}{_CLOSE}"
+def _but_leaves(message: Message, shield: Callable[[Any], Any]) -> dict[str, Any]:
+    return {
+        key: value if key in REASONING_KEYS and isinstance(value, str) else shield(value)
+        for key, value in message.extra.items()
+    }
 
 
-def _around_stripped(content: str) -> str:
-    lead, body, tail = _split_blanks(content)
-    return f"{lead}{_OPEN}{body}{_CLOSE}{tail}"
-
-
-def _behind_stripped(content: str) -> str:
-    lead, body, tail = _split_blanks(content)
-    return f"{lead}{body}{_CLOSE}{tail}"
-
-
-def _split_blanks(content: str) -> tuple[str, str, str]:
-    # "  a b\n" -> "  ", "a b", "\n"
-    body = content.strip()
-    lead = content[: len(content) - len(content.lstrip())] if body else ""
-    return lead, body, content[len(lead) + len(body) :]
-
-
-Places = list[tuple[str, int]]
-Pairs = list[tuple[int, int]] | None
-
-
-def _between(text: str, places: Places, contents: Sequence[str]) -> Pairs:
-    if [kind for kind, _ in places] != [_OPEN, _CLOSE] * len(contents):
-        return None
-    spans = [(places[i][1], places[i + 1][1]) for i in range(0, len(places), 2)]
-    same = (text[a:b] == c for (a, b), c in zip(spans, contents, strict=True))
-    return spans if all(same) else None
-
-
-def _between_stripped(text: str, places: Places, contents: Sequence[str]) -> Pairs:
-    return _between(text, places, [c.strip() for c in contents])
-
-
-def _before(text: str, places: Places, contents: Sequence[str]) -> Pairs:
-    bodies = [c.strip() for c in contents]
-    if [kind for kind, _ in places] != [_CLOSE] * len(bodies) or not all(bodies):
-        return None
-    spans = [(end - len(c), end) for (_, end), c in zip(places, bodies, strict=True)]
-    same = (a >= 0 and text[a:b] == c for (a, b), c in zip(spans, bodies, strict=True))
-    return spans if all(same) else None
-
-
-_PLACEMENTS: Final = (
-    (_around, _between),
-    (_around_stripped, _between_stripped),
-    (_behind_stripped, _before),
-)
-
-
-def _take_marks(marked: str) -> tuple[str, Places]:
-    # "a<OPEN>b<CLOSE>" -> "ab", [(OPEN, 1), (CLOSE, 2)]
-    places = [(m[0], m.start() - i) for i, m in enumerate(_MARKS.finditer(marked))]
-    return _MARKS.sub("", marked), places
-
-
-def _require_plain(conversation: Conversation) -> None:
-    for index, message in enumerate(conversation.messages):
-        found = [key for key in ("tool_calls", *REASONING_KEYS) if message.extra.get(key)]
-        if not message.trained or not (found or message.content is None):
-            continue
-        raise BadRecordError(
-            "needs {% generation %}",
-            f"message {index} holds `{(found or ['no content'])[0]}`; that can only be trained "
-            "with a chat template that has {% generation %}, or be labelled 0",
-        )
-
-
-def _require_whole(index: int, message: Message, block: str) -> None:
-    wanted = [message.content or ""]
-    wanted += [str(message.extra[key]) for key in REASONING_KEYS if message.extra.get(key)]
-    for call in message.extra.get("tool_calls") or []:
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        wanted.append(str(function.get("name", "")))
-    if not all(part.strip() in block for part in wanted):
-        raise BadRecordError(
-            "the template changed the message",
-            f"the {{% generation %}} block of message {index} does not hold all of it",
-        )
-
-
-def _any_of(tokens: Iterable[str]) -> str:
-    return "|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)"
-
-
-class _Unmarked(Extension):
-    tags = {"generation"}  # noqa: RUF012 (jinja's own convention)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
-
-    def _wrap(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Marked(_Unmarked):
-    def _wrap(self, caller: Callable[[], str]) -> str:
-        return _around(caller())
-
-
-def _compile(template: str, generation: type[Extension]) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-    return environment.from_string(template)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+def _unlike(conversation: Conversation) -> str:
+    roles = ", ".join(message.role for message in conversation.messages)
+    return (
+        f"a conversation of {len(conversation.messages)} messages ({roles}) is not rendered as the "
+        "others of its shape: the chat template decides by something in its texts"
     )
 
 
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+def _require_order(spans: Iterable[Span]) -> None:
+    if any(left.end > right.start for left, right in pairwise(spans)):
+        raise BadRecordError(
+            "the template changed the message", "its answers overlap or swap places"
+        )

@@ -67,6 +67,25 @@ def facts(store: TokenStore) -> list[tuple[str, str]]:
         ("fingerprint", store.fingerprint),
     ]
     lines += [("rejected", f"{n:,} x {reason}") for reason, n in counts["rejected"].items()]
+    cut, dropped = counts.get("truncated", 0), counts.get("dropped", 0)
+    if cut or dropped:
+        lost, labels = counts["lost_tokens"], counts["lost_label_tokens"]
+        share = 100 * lost / (tokens + lost)
+        lines.append(
+            (
+                "too long",
+                f"{cut:,} cut, {dropped:,} dropped; lost {lost:,} tokens ({share:.1f} % of all), "
+                f"{labels:,} of them trained",
+            )
+        )
+    if counts.get("stripped_turns"):
+        lines.append(
+            (
+                "warning",
+                f"{counts['stripped_turns']:,} answers are not trained: the template leaves out "
+                "their thinking",
+            )
+        )
     if counts["turns_without_stop"]:
         lines.append(("warning", f"{counts['turns_without_stop']:,} turns have no stop token"))
     if counts["border_tokens"]:

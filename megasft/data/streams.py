@@ -14,9 +14,9 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
+from megasft.data.remote import Location, Remote
 from megasft.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _BLOCK: Final = 128 * 1024
 class Counted(io.RawIOBase):
     """A raw file that knows the size and hash of what was read from it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.RawIOBase) -> None:
         self._file, self._digest = file, hashlib.sha256()
         self.num_bytes = 0
 
@@ -41,7 +41,7 @@ class Counted(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill the buffer from the file."""
         view = memoryview(buffer).cast("B")
-        count: int = self._file.readinto(view)  # type: ignore[attr-defined]
+        count = self._file.readinto(view) or 0
         self._digest.update(view[:count])
         self.num_bytes += count
         return count
@@ -54,18 +54,16 @@ class Counted(io.RawIOBase):
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[tuple[io.BufferedReader, Counted]]:
+def open_text(path: Location) -> Iterator[tuple[io.BufferedReader, Counted]]:
     """Open a file for reading, unpacked; a fault while reading becomes a DataError.
 
     Raises:
         DataError: The file cannot be read or unpacked.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            magic = file.read(4)
-            file.seek(0)
+        with path.open() if isinstance(path, Remote) else path.open("rb", buffering=0) as file:
             counted = Counted(file)
-            yield _unpacked(path, magic, counted), counted
+            yield _unpacked(path, counted), counted
     except EOFError:
         raise DataError(
             f"{path} ends in the middle of its compressed data; it was cut off: copy it again"
@@ -76,8 +74,9 @@ def open_text(path: Path) -> Iterator[tuple[io.BufferedReader, Counted]]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _unpacked(path: Path, magic: bytes, counted: Counted) -> io.BufferedReader:
+def _unpacked(path: Location, counted: Counted) -> io.BufferedReader:
     raw: io.BufferedReader = io.BufferedReader(counted, _BLOCK)
+    magic = raw.peek(4)[:4]  # not read and sought back: a web server may not serve ranges
     if magic.startswith(GZIP_MAGIC):
         return io.BufferedReader(_Gzip(fileobj=raw), _BLOCK)
     if magic == ZSTD_MAGIC:
@@ -92,7 +91,7 @@ class _Gzip(gzip.GzipFile):
 
 
 class _Zstd(io.RawIOBase):
-    def __init__(self, path: Path, raw: io.BufferedReader) -> None:
+    def __init__(self, path: Location, raw: io.BufferedReader) -> None:
         try:
             import zstandard
         except ImportError:

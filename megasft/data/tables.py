@@ -9,11 +9,11 @@ cannot hold (binary columns) becomes null too, and is an error only where text i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
+from megasft.data.remote import Location, Remote
 from megasft.errors import DataError
 
 PARQUET_MAGIC: Final = b"PAR1"
@@ -27,7 +27,7 @@ def is_table(magic: bytes) -> bool:
     return magic == PARQUET_MAGIC or magic in ARROW_MAGICS
 
 
-def require_pyarrow(path: Path) -> None:
+def require_pyarrow(path: Location) -> None:
     """Check that tables can be read here.
 
     Raises:
@@ -42,7 +42,7 @@ def require_pyarrow(path: Path) -> None:
         ) from None
 
 
-def read_rows(path: Path) -> Iterator[bytes]:
+def read_rows(path: Location) -> Iterator[bytes]:
     """Yield each row of a table as a JSON object.
 
     Raises:
@@ -63,23 +63,22 @@ def read_rows(path: Path) -> Iterator[bytes]:
         ) from None
 
 
-def _batches(path: Path) -> Iterator[Any]:
+def _batches(path: Location) -> Iterator[Any]:
     import pyarrow
 
-    with path.open("rb") as file:
+    with path.open() if isinstance(path, Remote) else pyarrow.memory_map(str(path)) as file:
         magic = file.read(4)
-    if magic == PARQUET_MAGIC:
-        import pyarrow.parquet
+        file.seek(0)
+        if magic == PARQUET_MAGIC:
+            import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(path) as table:
+            table = pyarrow.parquet.ParquetFile(file)
             yield from table.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
-        return
-    with pyarrow.memory_map(str(path)) as mapped:
-        if magic == ARROW_MAGICS[0]:
-            reader = pyarrow.ipc.open_file(mapped)
+        elif magic == ARROW_MAGICS[0]:
+            reader = pyarrow.ipc.open_file(file)
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            yield from pyarrow.ipc.open_stream(mapped)
+            yield from pyarrow.ipc.open_stream(file)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,35 +1,34 @@
 """From the bytes of a record to token ids and turn records.
 
-The whole render is encoded once, with character offsets; cutting it where an answer starts would
-change the ids at the seam. A token is trained if it lies wholly inside a span. One that begins
-before the answer (a header that glues to it, such as ``Assistant: Yes``) belongs to the prompt: at
-inference the prompt ends there. Such border tokens are counted and shown, since a template that
-makes them hides the first token of each answer from training.
-
-Only "fast" tokenizers know offsets. They are used through the ``tokenizers`` backend: byte-level
-post-processors trim the blanks from offsets, so the post-processor is taken off (special tokens
-come from the template alone), as are truncation and padding.
+The whole render is encoded once; cutting it where an answer starts would change the ids at the
+seam. A token is trained if it lies wholly inside a span. One that begins before the turn (a header
+that glues to it, such as ``Assistant: Yes``) belongs to the prompt: at inference the prompt ends
+there. Such border tokens are counted and shown, since a template that makes them hides the first
+token of each answer from training.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
 
 from megasft.data.conversation import BadRecordError, Category, Conversation
+from megasft.data.encode import Encoded, HuggingFaceEncoder, make_encoder, trained_tokens
 from megasft.data.formats import FieldMap, parse
-from megasft.data.render import TEMPLATE_DATE, Rendered, Renderer, Span
-from megasft.errors import DataError
+from megasft.data.render import Rendered, Renderer, RenderOptions
+from megasft.data.specials import SpecialTokens
+from megasft.data.tokenizer_folder import TokenizerFacts, open_folder
+from megasft.data.too_long import Limit, shorten
+from megasft.data.turn_bounds import Span
 from megasft.schema import NO_CATEGORY, Sample
 
-TOKENIZER_FILE: Final = "tokenizer.json"
+CHECK_EVERY: Final = 256
+"""Of so many records one is rendered and encoded by the references, too, and compared."""
 _AUTO: Final = FieldMap()
 
 
@@ -40,12 +39,20 @@ class Recipe:
     Attributes:
         tokenizer: Folder of the tokenizer.
         fields: Where in a record the messages are.
-        keep_special_tokens: Let special tokens in the text become control tokens.
+        special_tokens_in_text: One of ``specials.POLICIES``.
+        chat_template: Jinja source that replaces the folder's; empty for the folder's own.
+        rendering: What is rendered how.
+        limit: How long a sample may be.
+        encoder: One of ``encode.ENCODERS``.
     """
 
     tokenizer: Path
     fields: FieldMap = _AUTO
-    keep_special_tokens: bool = False
+    special_tokens_in_text: str = "escape"
+    chat_template: str = ""
+    rendering: RenderOptions = field(default_factory=RenderOptions)
+    limit: Limit = field(default_factory=Limit)
+    encoder: str = "auto"
 
 
 class Made(NamedTuple):
@@ -54,16 +61,22 @@ class Made(NamedTuple):
     Attributes:
         line: Its line or record number.
         sample: Category ids are still 0: names become ids in input order, in one place.
-        category: What the record says about its category.
+        categories: What the record says about the category of each turn.
         stop_ids: The token that ends each turn; fewer than turns if some end without one.
         num_border_tokens: Tokens half inside a span, which are not trained.
+        stripped: Messages not trained because the template leaves out their thinking.
+        lost_tokens: Tokens cut off because the sample was too long.
+        lost_labels: Trained tokens among them.
     """
 
     line: int
     sample: Sample
-    category: Category
+    categories: tuple[Category, ...]
     stop_ids: tuple[int, ...]
     num_border_tokens: int
+    stripped: int = 0
+    lost_tokens: int = 0
+    lost_labels: int = 0
 
 
 class Rejected(NamedTuple):
@@ -74,180 +87,158 @@ class Rejected(NamedTuple):
     detail: str
 
 
-class Encoded(NamedTuple):
-    """Token ids of a render and the characters each covers; both bounds ascend.
+class Dropped(NamedTuple):
+    """A good record that is left out, because it is too long."""
 
-    Attributes:
-        ids: int32 [L].
-        starts: int64 [L]. First character of each token.
-        ends: int64 [L]. Behind its last character.
-    """
+    line: int
+    num_tokens: int
+    num_labels: int
 
-    ids: npt.NDArray[np.int32]
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
+
+Outcome = Made | Rejected | Dropped
+
+
+class _Ready(NamedTuple):
+    line: int
+    conversation: Conversation
+    rendered: Rendered
 
 
 class Tokenizer:
     """Turns records into samples with one recipe; loaded once in each worker.
 
     Raises:
-        DataError: The folder holds no fast tokenizer with a chat template.
+        DataError: The folder holds no fast tokenizer, or there is no chat template.
+        UnfaithfulError: gigatoken does not encode as the tokenizer does.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self.hf = load_tokenizer(recipe.tokenizer)
-        special = {str(t) for t in self.hf.added_tokens_decoder.values() if t.special}
-        special |= set(self.hf.all_special_tokens)
-        self._special_text = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
-        bos, eos = self.hf.bos_token, self.hf.eos_token
-        self._stops = special - ({bos} if bos != eos else set())
+        self._folder = open_folder(recipe.tokenizer, chat_template=recipe.chat_template)
+        self._specials = SpecialTokens(self._folder.special_tokens, recipe.special_tokens_in_text)
+        self._stops = self._folder.stops
         self._renderers: dict[str, Renderer] = {}
-        self._backend = self.hf.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.post_processor = None
+        backend = self._folder.hf.backend_tokenizer
+        self._source = backend.to_str()
+        self._reference = HuggingFaceEncoder(backend, str(recipe.tokenizer))
+        self._encoder = make_encoder(self._source, self._reference, recipe.encoder)
+        self._stop_ids = {stop: self._reference.id_of(stop) for stop in self._stops}
+        self._hidden: HuggingFaceEncoder | None = None
 
-    def make(self, records: Iterable[tuple[int, bytes]]) -> list[Made | Rejected]:
-        """Make samples of some records; one outcome each, in order."""
-        rendered: list[tuple[int, Conversation, Rendered] | Rejected] = []
+    def facts(self) -> TokenizerFacts:
+        """Return what the store keeps of the tokenizer."""
+        return self._folder.facts()
+
+    def make(self, records: Iterable[tuple[int, bytes]]) -> list[Outcome]:
+        """Make samples of some records; one outcome each, in order.
+
+        Raises:
+            UnfaithfulError: A fast road differs from its reference on one of them.
+        """
+        ready: list[_Ready | Rejected] = []
         for line, data in records:
             try:
                 conversation = parse(data, self._recipe.fields)
-                rendered.append((line, conversation, self.render(conversation)))
+                rendered = self.render(conversation, check=line % CHECK_EVERY == 1)
+                ready.append(_Ready(line, conversation, rendered))
             except BadRecordError as error:
-                rendered.append(Rejected(line, error.reason, error.detail))
-        good = [item for item in rendered if not isinstance(item, Rejected)]
-        encoded = iter(self._encode([text for _, _, (text, _) in good]))
+                ready.append(Rejected(line, error.reason, error.detail))
+        good = [item for item in ready if isinstance(item, _Ready)]
+        encoded = self._encode(good)
         return [
-            item if isinstance(item, Rejected) else self._finish(*item, next(encoded))
-            for item in rendered
+            item if isinstance(item, Rejected) else self._finish(item, encoded[item.line])
+            for item in ready
         ]
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render a conversation, refusing special tokens its author wrote as text."""
-        if not self._recipe.keep_special_tokens:
-            for text in _texts(conversation):
-                if found := self._special_text.search(text):
-                    raise BadRecordError(
-                        "special token in the text",
-                        f"the text holds {found[0]!r}, which would become a control token "
-                        "(--special-tokens-in-text keep allows it)",
-                    )
-        template = self.hf.get_chat_template(tools=conversation.tools)
+    def render(self, conversation: Conversation, *, check: bool = False) -> Rendered:
+        """Render a conversation and find its trained turns.
+
+        Args:
+            conversation: What to render.
+            check: Compare the render with the template's own.
+        """
+        template = self._folder.template(has_tools=bool(conversation.tools))
         if template not in self._renderers:
             self._renderers[template] = Renderer(
-                template, special_tokens=self.hf.special_tokens_map, stops=self._stops
+                template,
+                special_tokens=self._folder.hf.special_tokens_map,
+                stops=self._stops,
+                specials=self._specials,
+                options=self._recipe.rendering,
             )
-        return self._renderers[template].render(conversation)
+        rendered = self._renderers[template].render(conversation, check=check)
+        if self._recipe.fields.train_on == "everything":
+            return rendered._replace(spans=(Span(0, len(rendered.text), None, 0),))
+        return rendered
 
-    def facts(self) -> dict[str, Any]:
-        """Return what store.json keeps of the tokenizer."""
-        file = self._recipe.tokenizer / TOKENIZER_FILE
-        data = file.read_bytes() if file.is_file() else self._backend.to_str().encode()
-        template = self.hf.get_chat_template()
-        facts = {
-            "path": str(self._recipe.tokenizer.resolve()),
-            "class": type(self.hf).__name__,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-        }
-        if "strftime_now" in template:
-            facts["template_date"] = f"{TEMPLATE_DATE:%Y-%m-%d}"
-        return facts
+    def _encode(self, good: list[_Ready]) -> dict[int, Encoded]:
+        plain = [item for item in good if not item.rendered.is_hidden]
+        hidden = [item for item in good if item.rendered.is_hidden]
+        encoder = self._encoder
+        checked = [item.rendered.text for item in plain if item.line % CHECK_EVERY == 1]
+        encoder.check(checked)
+        encoded = zip(plain, encoder.encode([item.rendered.text for item in plain]), strict=True)
+        found = {item.line: tokens for item, tokens in encoded}
+        if hidden:
+            if self._hidden is None:
+                renamed = Backend.from_str(self._specials.rename(self._source))
+                self._hidden = HuggingFaceEncoder(renamed, str(self._recipe.tokenizer))
+            texts = [item.rendered.text for item in hidden]
+            encoded = zip(hidden, self._hidden.encode(texts), strict=True)
+            found |= {item.line: tokens for item, tokens in encoded}
+        return found
 
-    def _encode(self, texts: list[str]) -> Iterator[Encoded]:
-        for item in self._backend.encode_batch(texts, add_special_tokens=False):
-            bounds = np.asarray(item.offsets, dtype=np.int64).reshape(-1, 2)
-            if (np.diff(bounds, axis=0) < 0).any():
-                raise DataError(
-                    f"{self._recipe.tokenizer}: the offsets of this tokenizer do not ascend, so "
-                    "answers cannot be found in its tokens; use another conversion of it"
-                )
-            yield Encoded(np.asarray(item.ids, dtype=np.int32), bounds[:, 0], bounds[:, 1])
-
-    def _finish(
-        self, line: int, conversation: Conversation, rendered: Rendered, encoded: Encoded
-    ) -> Made | Rejected:
-        turns, stop_ids, num_border_tokens = [], [], 0
-        for span in rendered.spans:
-            first, last = trained_tokens(encoded, span)
-            if first >= last:
+    def _finish(self, item: _Ready, encoded: Encoded) -> Outcome:
+        line, conversation, rendered = item
+        spans = rendered.spans
+        first, last, num_border_tokens = trained_tokens(encoded, rendered.text, spans)
+        empty = np.flatnonzero(first >= last)
+        if len(empty) or not spans:
+            number = spans[int(empty[0])].message if len(empty) else 0
+            return Rejected(line, "turn without tokens", f"message {number} has no token to train")
+        stop_ids = []
+        for span, behind in zip(spans, last.tolist(), strict=True):
+            if span.stop is None:
+                continue
+            stop_ids.append(int(encoded.ids[behind - 1]))
+            if stop_ids[-1] != self._stop_ids[span.stop]:
                 return Rejected(
-                    line, "turn without tokens", f"message {span.message} has no token to train"
+                    line,
+                    "the template changed the message",
+                    f"message {span.message} should end in the token {span.stop!r}",
                 )
-            if span.stop is not None:
-                stop_ids.append(int(encoded.ids[last - 1]))
-                if stop_ids[-1] != self._backend.token_to_id(span.stop):
-                    return Rejected(
-                        line,
-                        "the template changed the message",
-                        f"message {span.message} should end in the token {span.stop!r}",
-                    )
-            turns.append((first, last - first, NO_CATEGORY, span.message))
-            num_border_tokens += _num_border_tokens(encoded, span)
-        sample = Sample(encoded.ids, np.asarray(turns, dtype=np.int32))
-        return Made(line, sample, conversation.category, tuple(stop_ids), num_border_tokens)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer folder, offline.
-
-    Raises:
-        DataError: It is missing, not a fast tokenizer, or has no chat template.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; --tokenizer takes a downloaded model folder")
-    from transformers import AutoTokenizer  # seconds to import: only when a tokenizer is needed
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} holds no tokenizer that can be loaded: {error}") from None
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{folder}: {type(tokenizer).__name__} knows no character offsets, which a fast "
-            f"tokenizer ({TOKENIZER_FILE}) does; convert it first"
+        turns = np.zeros((len(spans), 4), dtype=np.int32)
+        turns[:, 0], turns[:, 1] = first, last - first
+        turns[:, 2], turns[:, 3] = NO_CATEGORY, [span.message for span in spans]
+        own = [conversation.messages[span.message].category for span in spans]
+        made = Made(
+            line,
+            Sample(encoded.ids, turns),
+            tuple(category or conversation.category for category in own),
+            tuple(stop_ids),
+            num_border_tokens,
+            rendered.stripped,
         )
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{folder}: the tokenizer has no chat template; put one into chat_template.jinja there"
+        return self._fit(made) if self._recipe.limit.exceeded_by(made.sample) else made
+
+    def _fit(self, made: Made) -> Outcome:
+        limit, size = self._recipe.limit, len(made.sample.tokens)
+        if limit.policy == "error":
+            return Rejected(
+                made.line,
+                "too long",
+                f"it has {size:,} tokens, {limit.max_tokens:,} are allowed (--max-tokens); "
+                "--too-long truncate-turns cuts such conversations",
+            )
+        cut = shorten(made.sample, limit)
+        if cut.sample is None:
+            return Dropped(made.line, cut.lost_tokens, cut.lost_labels)
+        num_turns = len(cut.sample.turns)
+        num_stops = min(len(made.stop_ids), num_turns - cut.is_mid_turn)
+        return made._replace(
+            sample=cut.sample,
+            categories=made.categories[:num_turns],
+            stop_ids=made.stop_ids[:num_stops],
+            lost_tokens=cut.lost_tokens,
+            lost_labels=cut.lost_labels,
         )
-    return tokenizer
-
-
-def trained_tokens(encoded: Encoded, span: Span) -> tuple[int, int]:
-    """Return first and one-behind-last token of a span; the first token of a sample never counts.
-
-    Example:
-        Tokens ``Hi|!|<e>|?`` start at [0, 2, 3, 6]; the span (0, 6, "<e>") holds tokens 1 and 2.
-    """
-    first = int(np.searchsorted(encoded.starts, span.start, "left"))
-    if span.stop is None:
-        last = int(np.searchsorted(encoded.ends, span.end, "right"))
-    else:  # a stop token with `rstrip` swallows the blanks behind it and ends outside the span
-        last = int(np.searchsorted(encoded.starts, span.end, "left"))
-    return max(first, 1), last
-
-
-def _num_border_tokens(encoded: Encoded, span: Span) -> int:
-    borders = [span.start] if span.stop is not None else [span.start, span.end]
-    return sum(int(((encoded.starts < b) & (encoded.ends > b)).sum()) for b in borders)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Conversation):
-        yield from _texts(value.tools)
-        for message in value.messages:
-            yield from _texts(message.content)
-            yield from _texts(message.extra)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)

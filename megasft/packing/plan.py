@@ -3,14 +3,20 @@
 A plan is computed from lengths alone, so sequence length, context parallelism and seed change
 without tokenizing again. It is cheap (see ``pack.py``), so every rank may compute it: nothing is
 broadcast and nobody waits for rank 0. The cache file carries the key of everything the plan depends
-on (store fingerprint, sizes, seed); a file made for anything else is not read but made again.
+on (store fingerprint, sizes, seed, draw); a file made for anything else is not read but made again.
+
+With a mixture the plan holds the samples it drew, one drawn twice in two places, so a new mixture
+needs no new tokens. Rows are packed within a stage of the curriculum, and stages follow each other;
+each costs a last row that is not full.
 """
 
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 from zipfile import BadZipFile
@@ -18,7 +24,9 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from megasft.draw import Draw
 from megasft.errors import PlanError
+from megasft.packing.order import RowOrder
 from megasft.packing.pack import Rows, best_fit
 from megasft.schema import TURN_FIELDS
 from megasft.store import TokenStore
@@ -42,6 +50,7 @@ class RowPlan:
         tokens: int64 [R]. True tokens of each row, padding not counted.
         too_long: int64. Samples that fit no row and are left out.
         identity: Everything the rows depend on, readable; a run resumes on no other plan.
+        stages: Row at which each stage starts, and where the last ends.
     """
 
     rows: Rows
@@ -53,16 +62,23 @@ class RowPlan:
     tokens: npt.NDArray[np.int64]
     too_long: npt.NDArray[np.int64]
     identity: str
+    stages: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def order(self, *, seed: int) -> RowOrder:
+        """Return the order in which a run with this seed trains the rows."""
+        return RowOrder(num_rows=len(self), seed=seed, stages=self.stages)
 
     def summary(self, *, global_batch_size: int) -> str:
         """Return one line with what an epoch holds, in rows, turns, tokens and iterations."""
         total = len(self) * self.row_tokens
         padding = 100 * (1 - int(self.tokens.sum()) / total)
+        in_stages = " + ".join(f"{b - a:,}" for a, b in pairwise(self.stages))
+        stages = f" in {len(self.stages) - 1} stages, {in_stages}" if len(self.stages) > 2 else ""
         return (
-            f"{len(self):,} rows of {self.row_tokens:,} tokens ({padding:.2f} % padding), "
+            f"{len(self):,} rows of {self.row_tokens:,} tokens ({padding:.2f} % padding){stages}, "
             f"{len(self.rows.samples):,} samples, {int(self.turns.sum()):,} turns, "
             f"{int(self.tokens.sum()):,} tokens, {int(self.labels.sum()):,} of them labels; "
             f"an epoch is {len(self) / global_batch_size:,.2f} iterations of "
@@ -71,7 +87,13 @@ class RowPlan:
 
 
 def plan_rows(
-    store: TokenStore, *, row_tokens: int, align_tokens: int, seed: int, cache: Path | None = None
+    store: TokenStore,
+    *,
+    row_tokens: int,
+    align_tokens: int,
+    seed: int,
+    cache: Path | None = None,
+    draw: Draw | None = None,
 ) -> RowPlan:
     """Make or read the row plan of a store.
 
@@ -81,6 +103,7 @@ def plan_rows(
         align_tokens: Multiple of every document's length (see ``cp_layout.alignment``).
         seed: Which of equally long samples goes where.
         cache: Folder for the plan; the store's own ``row_plans`` when not given.
+        draw: What a mixture drew from the store; every sample once when not given.
 
     Raises:
         PlanError: Rows do not divide by the alignment, or no sample fits.
@@ -92,37 +115,73 @@ def plan_rows(
             f"{row_tokens + align_tokens - row_tokens % align_tokens}"
         )
     if not len(store):
-        raise PlanError(f"{store.path} holds no samples")
+        raise PlanError(f"{store.name} holds no samples")
     lengths = store.tokens.lengths.astype(np.int64)
-    padded = -(-lengths // align_tokens) * align_tokens
-    fits = padded <= row_tokens
-    if not fits.any():
+    drawn = [np.arange(len(store))] if draw is None else [stage.samples for stage in draw.stages]
+    fits = -(-lengths // align_tokens) * align_tokens <= row_tokens
+    kept = [samples[fits[samples]] for samples in drawn]
+    if not any(map(len, kept)):
+        shortest = min(int(lengths[samples].min()) for samples in drawn)
         raise PlanError(
-            f"none of the {len(store):,} samples of {store.path} fits a row of {row_tokens} "
-            f"tokens (the shortest has {int(lengths.min())}); raise --seq-length"
+            f"none of the {sum(map(len, drawn)):,} samples of {store.name} fits a row of "
+            f"{row_tokens} tokens (the shortest has {shortest}); raise --seq-length"
         )
-    kept = np.flatnonzero(fits)
     folder = cache or store.path / "row_plans"
-    identity = _identity(store, row_tokens, align_tokens, seed)
+    identity = _identity(store, row_tokens, align_tokens, seed, draw)
     cached = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
-    rows = _read(cached, num_samples=len(kept))
-    if rows is None:
-        packed = best_fit(
-            lengths[kept], row_tokens=row_tokens, align_tokens=align_tokens, seed=seed
-        )
-        rows = Rows(kept[packed.samples], packed.borders)
-        _write(cached, rows)
+    planned = _read(cached, num_samples=sum(map(len, kept)))
+    if planned is None:
+        planned = _pack(kept, lengths, row_tokens=row_tokens, align_tokens=align_tokens, seed=seed)
+        _write(cached, *planned)
+    rows, stages = planned
+    too_long = np.unique(np.concatenate([samples[~fits[samples]] for samples in drawn]))
+    return RowPlan(
+        rows,
+        row_tokens,
+        align_tokens,
+        **_contents(store, rows),
+        too_long=too_long,
+        identity=identity,
+        stages=stages,
+    )
+
+
+def _contents(store: TokenStore, rows: Rows) -> dict[str, npt.NDArray[np.int64]]:
+    """Count what each row holds, a sample that is there twice two times."""
     turns, labels = _turns_and_labels(store)
-    has_turn = (turns > 0).astype(np.int64)
-    of_rows = {
-        name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
-        for name, values in (
-            *(("turns", turns), ("labelled_samples", has_turn)),
-            *(("labels", labels), ("tokens", lengths)),
-        )
+    of_samples = {
+        "turns": turns,
+        "labelled_samples": (turns > 0).astype(np.int64),
+        "labels": labels,
+        "tokens": store.tokens.lengths.astype(np.int64),
     }
-    too_long = np.flatnonzero(~fits)
-    return RowPlan(rows, row_tokens, align_tokens, **of_rows, too_long=too_long, identity=identity)
+    return {
+        name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
+        for name, values in of_samples.items()
+    }
+
+
+def _pack(
+    stages: Sequence[npt.NDArray[np.int64]],
+    lengths: npt.NDArray[np.int64],
+    *,
+    row_tokens: int,
+    align_tokens: int,
+    seed: int,
+) -> tuple[Rows, tuple[int, ...]]:
+    """Pack each stage by itself; return all rows, and where stages start and end among them."""
+    made = [
+        best_fit(lengths[samples], row_tokens=row_tokens, align_tokens=align_tokens, seed=seed)
+        for samples in stages
+    ]
+    # A row's place among all samples: its place in its stage, behind those of earlier stages.
+    first = np.cumsum([0, *(len(samples) for samples in stages)])
+    borders = [rows.borders[1:] + start for rows, start in zip(made, first[:-1], strict=True)]
+    rows = Rows(
+        np.concatenate([all_[rows.samples] for all_, rows in zip(stages, made, strict=True)]),
+        np.concatenate([np.zeros(1, np.int64), *borders]),
+    )
+    return rows, tuple(np.cumsum([0, *map(len, made)]).tolist())
 
 
 def _turns_and_labels(store: TokenStore) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -134,28 +193,34 @@ def _turns_and_labels(store: TokenStore) -> tuple[npt.NDArray[np.int64], npt.NDA
     return np.diff(turn_borders), np.diff(running[turn_borders])
 
 
-def _identity(store: TokenStore, row_tokens: int, align_tokens: int, seed: int) -> str:
-    return (
+def _identity(
+    store: TokenStore, row_tokens: int, align_tokens: int, seed: int, draw: Draw | None
+) -> str:
+    every_sample_once = (
         f"plan version {PLAN_VERSION}, best_fit, store {store.fingerprint}, {len(store)} samples, "
         f"row_tokens {row_tokens}, align_tokens {align_tokens}, seed {seed}"
     )
+    return every_sample_once if draw is None else f"{every_sample_once}, {draw.identity}"
 
 
-def _read(path: Path, *, num_samples: int) -> Rows | None:
+def _read(path: Path, *, num_samples: int) -> tuple[Rows, tuple[int, ...]] | None:
     try:
         with np.load(path) as saved:
             rows = Rows(saved["samples"], saved["borders"])
+            one_stage = [0, len(rows)]
+            stages = saved["stages"].tolist() if "stages" in saved else one_stage
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None  # absent or cut short: it is made again
-    return rows if len(rows.samples) == num_samples == rows.borders[-1] else None
+    is_whole = len(rows.samples) == num_samples == rows.borders[-1] and stages[-1] == len(rows)
+    return (rows, tuple(stages)) if is_whole else None
 
 
-def _write(path: Path, rows: Rows) -> None:
+def _write(path: Path, rows: Rows, stages: tuple[int, ...]) -> None:
     """Write to a name of this process and rename: ranks may race, readers see whole files."""
     temporary = path.with_name(f"{path.stem}.{os.uname().nodename}.{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, samples=rows.samples, borders=rows.borders)
+        np.savez(temporary, samples=rows.samples, borders=rows.borders, stages=np.array(stages))
         temporary.replace(path)
     except OSError as error:
         logger.warning("row plan not cached (%s); it will be computed again next time", error)

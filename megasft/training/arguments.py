@@ -51,7 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megasft", "supervised fine-tuning on packed rows")
     # Paths stay strings: Megatron saves its flags in checkpoints and loads plain types only.
     group.add_argument(
-        "--megasft-data", metavar="STORE", help="token store made by `megasft build`"
+        "--megasft-data",
+        nargs="+",
+        metavar="STORE",
+        help="token stores made by `megasft build` with one tokenizer, read as one",
+    )
+    group.add_argument(
+        "--megasft-mixture",
+        metavar="FILE",
+        help="which samples are trained how often and in which stages: YAML or JSON, see "
+        "megasft/mixture.py; OpenSFT's ratio file is one. Without it each sample is trained once "
+        "an epoch",
     )
     group.add_argument(
         "--megasft-valid-data",
@@ -290,7 +300,7 @@ def set_vocabulary(args: Any, store: TokenStore) -> None:
         )
     if vocab_size > model_size:
         raise FlagError(
-            f"{store.path} was tokenized with {vocab_size:,} ids, the model has {model_size:,}; "
+            f"{store.name} was tokenized with {vocab_size:,} ids, the model has {model_size:,}; "
             "build the store with the model's own tokenizer"
         )
 

@@ -5,16 +5,20 @@ Plans are made before Megatron starts: what cannot be packed should fail before 
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from megasft.batch.dataset import PackedRows, RowShape, WholeSet
 from megasft.cp_layout import alignment
+from megasft.draw import Draw, draw
 from megasft.errors import FlagError
+from megasft.mixture import read_mixture
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import RowPlan, plan_rows
-from megasft.store import TokenStore, open_store
+from megasft.store import TokenStore
+from megasft.store_group import open_stores, population_of
 from megasft.training.arguments import set_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -24,10 +28,11 @@ ENDLESS: Final = 2**48
 
 
 class PlannedStore(NamedTuple):
-    """A store and its rows at this run's sequence length and layout."""
+    """A store, its rows at this run's sequence length and layout, and what a mixture drew."""
 
     store: TokenStore
     plan: RowPlan
+    draw: Draw | None = None
 
 
 class RunData(NamedTuple):
@@ -42,17 +47,21 @@ def open_data(args: Any) -> RunData:
 
     Raises:
         StoreError: A store is missing or damaged.
+        DataError: The mixture file does not fit the stores.
         PlanError: Rows cannot be made with these sizes.
-        FlagError: The store's tokenizer does not fit the model.
+        FlagError: The stores' tokenizer does not fit the model.
     """
-    train = _plan(args, args.megasft_data)
-    valid = _plan(args, args.megasft_valid_data) if args.megasft_valid_data else None
+    train = _plan(args, args.megasft_data, mixture=args.megasft_mixture)
+    valid = _plan(args, [args.megasft_valid_data]) if args.megasft_valid_data else None
     return RunData(train, valid)
 
 
-def _plan(args: Any, path: str) -> PlannedStore:
-    store = open_store(path)
+def _plan(args: Any, paths: Sequence[str], *, mixture: str | None = None) -> PlannedStore:
+    store = open_stores(paths)
     set_vocabulary(args, store)
+    drawn = None
+    if mixture is not None:
+        drawn = draw(read_mixture(mixture), population_of(store), seed=args.seed)
     document, row = alignment(
         cp_size=args.context_parallel_size,
         tp_size=args.tensor_model_parallel_size,
@@ -73,8 +82,9 @@ def _plan(args: Any, path: str) -> PlannedStore:
         align_tokens=align_tokens,
         seed=args.seed,
         cache=Path(args.megasft_plan_cache) if args.megasft_plan_cache else None,
+        draw=drawn,
     )
-    return PlannedStore(store, plan)
+    return PlannedStore(store, plan, drawn)
 
 
 def announce(args: Any, data: RunData) -> None:
@@ -85,6 +95,8 @@ def announce(args: Any, data: RunData) -> None:
             continue
         size = args.global_batch_size if name == "train" else args.eval_global_batch_size
         logger.info("%s: %s", name, planned.plan.summary(global_batch_size=size))
+        if planned.draw is not None:
+            _announce_draw(planned.draw, planned.plan, global_batch_size=size)
         too_long = planned.plan.too_long
         if len(too_long):
             lost = int(planned.store.tokens.lengths[too_long].sum())
@@ -95,6 +107,20 @@ def announce(args: Any, data: RunData) -> None:
                 int(planned.store.tokens.lengths[too_long].max()),
                 planned.store.source_line(int(too_long[0])),
             )
+
+
+def _announce_draw(drawn: Draw, plan: RowPlan, *, global_batch_size: int) -> None:
+    for warning in drawn.warnings:
+        logger.warning("%s", warning)
+    for part in drawn.parts:
+        logger.info("mixture: %s: %d samples drawn of %d", part.name, part.drawn, part.found)
+    if len(drawn.stages) == 1:
+        return
+    for stage, (start, end) in zip(drawn.stages, pairwise(plan.stages), strict=True):
+        logger.info(
+            "stage %s: iterations %.2f to %.2f of each epoch",
+            *(stage.name, start / global_batch_size, end / global_batch_size),
+        )
 
 
 def check_length(args: Any, data: RunData) -> None:
@@ -140,8 +166,7 @@ def datasets_provider(
             )
             return PackedRows(planned.store, planned.plan.rows, order, length=ENDLESS, shape=shape)
 
-        order = RowOrder(num_rows=len(data.train.plan), seed=args.seed)
-        train = rows(data.train, order)
+        train = rows(data.train, data.train.plan.order(seed=args.seed))
         if data.valid is None:
             return train, None, None
         period = args.eval_iters * args.eval_global_batch_size

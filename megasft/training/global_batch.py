@@ -8,7 +8,6 @@ by them.
 
 from typing import Any, NamedTuple
 
-from megasft.packing.order import RowOrder
 from megasft.packing.plan import RowPlan
 
 
@@ -39,7 +38,7 @@ class GlobalBatches:
 
     def __init__(self, plan: RowPlan, *, seed: int, objective: str) -> None:
         self.plan = plan
-        self.order = RowOrder(num_rows=len(plan), seed=seed)
+        self.order = plan.order(seed=seed)
         per_row = {"turn": plan.turns, "sample": plan.labelled_samples, "token": plan.labels}
         self.units_of_row = per_row[objective]
         self._last: tuple[tuple[int, int], GlobalBatch] | None = None

@@ -7,6 +7,7 @@ before anything is loaded. The layout (TP, PP, DP, CP) is free: rows do not depe
 """
 
 import logging
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,12 +36,14 @@ def check(args: Any, plan_identity: str) -> None:
         return
     theirs, ours = saved.split(", "), plan_identity.split(", ")
     differences = "; ".join(
-        f"checkpoint: {a}, this run: {b}" for a, b in zip(theirs, ours, strict=False) if a != b
+        f"checkpoint: {a}, this run: {b}"
+        for a, b in zip_longest(theirs, ours, fillvalue="no mixture")
+        if a != b
     )
     raise FlagError(
         f"--load {args.load} was trained on other rows ({differences}), so its position means "
-        "nothing here; use the same store, --seq-length, --seed and --megasft-align-tokens, or "
-        "start anew from its weights with --finetune"
+        "nothing here; use the same stores, --megasft-mixture, --seq-length, --seed and "
+        "--megasft-align-tokens, or start anew from its weights with --finetune"
     )
 
 

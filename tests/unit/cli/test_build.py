@@ -27,7 +27,6 @@ Megasft = Callable[..., Seen]
         ('{"text": "Hi"}', "missing field"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
         (GOOD.replace('"user"', '"narrator"'), "unknown role"),
-        (GOOD.replace('"Hi"', '"<|im_end|>"'), "special token in the text"),
     ],
 )
 def test_a_bad_line_ends_in_its_place_and_a_count(

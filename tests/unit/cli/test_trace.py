@@ -142,3 +142,31 @@ def test_what_is_missing_or_without_effect_is_refused(
     seen = megasft("trace", store, *flags)
     assert seen.code == 1
     assert message in seen.err
+
+
+def test_several_stores_and_a_mixture_are_traced_as_they_are_trained(
+    store: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    other = store.parent / "other"
+    more = store.parent / "more.jsonl"
+    pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+    more.write_bytes(b"\n".join([orjson.dumps({"messages": pair})] * 3))
+    assert megasft("build", "-i", more, "--tokenizer", tokenizer_dir, "-o", other).code == 0
+    mixture = store.parent / "mixture.yaml"
+    mixture.write_text(
+        "curriculum: sequential\nrest: drop\n"
+        "parts: [{source: more, sample_rate: 2}, {source: chats.jsonl, category: chat}]"
+    )
+    run = ("--seq-length", SEQ_LENGTH, "--mixture", mixture)
+
+    first = megasft("trace", store, other, "--sample", NUM_SAMPLES, *run)
+    assert first.code == 0
+    assert f"{more}:1\n" in first.out
+    assert re.search(r"in 2 places: rows 0, [01] of rows 0 to", first.out)
+    left_out = megasft("trace", store, other, "--sample", 0, *run).out
+    assert "not drawn by the mixture: left out in training" in left_out
+    step = megasft("trace", store, other, "--step", 1, "--global-batch-size", 1, *run).out
+    (samples,) = samples_of(step).values()
+    assert set(samples) <= {NUM_SAMPLES, NUM_SAMPLES + 1, NUM_SAMPLES + 2}  # stage one
+    seen = megasft("trace", store, "--sample", 0, "--mixture", mixture)
+    assert "--mixture has no effect without --seq-length" in seen.err

@@ -59,6 +59,11 @@ def test_a_store_holds_what_was_counted(
         "label_tokens": sum(int(store.sample(i).turns[:, 1].sum()) for i in range(3)),
         "turns_without_stop": 0,
         "border_tokens": 0,
+        "stripped_turns": 0,
+        "truncated": 0,
+        "dropped": 0,
+        "lost_tokens": 0,
+        "lost_label_tokens": 0,
         "rejected": {},
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "store"]

@@ -85,6 +85,14 @@ def test_the_store_of_a_folder_does_not_depend_on_the_number_of_workers(
     assert stores[0] == stores[1]
 
 
+def test_files_are_sorted_as_paths_are(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    files = [tmp_path / "a" / "b.jsonl", tmp_path / "a.jsonl", tmp_path / "a-b.jsonl"]
+    for file in files:
+        file.write_bytes(CHAT)
+    assert find_files([tmp_path]) == sorted(files) != sorted(files, key=str)
+
+
 def test_a_glob_is_sorted_and_a_missing_path_is_left_to_the_reader(mixed: Path) -> None:
     assert find_files([mixed / "*.jsonl*"]) == [mixed / "a.jsonl.gz", mixed / "b.jsonl"]
     assert find_files([mixed / "b.jsonl", mixed / "none.jsonl"])[1] == mixed / "none.jsonl"
@@ -96,6 +104,39 @@ def test_a_glob_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     assert "holds no data file (0 conversations)" in fault(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train.json", "eval.json"),
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train/a.jsonl", "validation/a.jsonl"),
+        ("maths_train.jsonl.gz", "maths.dev.jsonl"),
+    ],
+)
+def test_splits_by_the_names_of_files_are_not_joined_unasked(
+    tmp_path: Path, train: str, held_out: str
+) -> None:
+    for name in (train, held_out):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(CHAT)
+    said = fault(tmp_path)
+    assert f"several splits: 1 of training, such as {train}, and 1 held out" in said
+    assert said.endswith(f"--input {tmp_path / train}")
+    assert find_files([tmp_path / train, tmp_path / held_out]) == [
+        tmp_path / train,
+        tmp_path / held_out,
+    ]
+    assert len(find_files([tmp_path / "**" / "*.j*"])) == 2  # a pattern that matches is a choice
+
+
+def test_one_split_alone_is_taken_and_words_within_words_are_none(tmp_path: Path) -> None:
+    for name in ("contest.jsonl", "training.jsonl", "latest.jsonl", "trainer_devices.jsonl"):
+        (tmp_path / name).write_bytes(CHAT)
+    assert len(find_files([tmp_path])) == 4
+    (tmp_path / "training.jsonl").rename(tmp_path / "test.jsonl")
+    assert len(find_files([tmp_path])) == 4
 
 
 def test_categories_come_from_the_file_unless_the_record_names_one(

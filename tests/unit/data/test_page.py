@@ -43,7 +43,7 @@ def chat(*turns: tuple[str, str], category: str | None = None) -> dict[str, Any]
 def built(tmp_path: Path, tokenizer_dir: Path, write_jsonl: Callable[..., Path]) -> Build:
     def make(*records: Any, name: str = "store") -> TokenStore:
         path = write_jsonl(*records, name=f"{name}.jsonl")
-        recipe = Recipe(tokenizer_dir, keep_special_tokens=True)
+        recipe = Recipe(tokenizer_dir, special_tokens_in_text="keep")
         options = BuildOptions((path,), tmp_path / name, recipe, skip_bad=True)
         build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
         return open_store(tmp_path / name)

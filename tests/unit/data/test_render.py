@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megasft.data.conversation import BadRecordError, Category, Conversation, make_messages
-from megasft.data.render import Renderer
+from megasft.data.render import Rendered, Renderer, RenderOptions
 from tests.tiny_tokenizer import make_tokenizer
 from tests.unit.data import templates
 
@@ -16,10 +16,24 @@ def conversation(*messages: tuple[str, str], labels: list[int] | None = None) ->
     return Conversation(make_messages(raw, labels), Category())
 
 
+def rendered_by(
+    template: str, chat: Conversation, options: RenderOptions | None = None
+) -> Rendered:
+    renderer = Renderer(
+        template,
+        special_tokens={"bos_token": "<|bos|>"},
+        stops=STOPS,
+        options=options or RenderOptions(check_all=True),
+    )
+    return renderer.render(chat)
+
+
+def texts_of(rendered: Rendered) -> list[str]:
+    return [rendered.text[span.start : span.end] for span in rendered.spans]
+
+
 def answers(template: str, chat: Conversation) -> list[str]:
-    renderer = Renderer(template, special_tokens={"bos_token": "<|bos|>"}, stops=STOPS)
-    text, spans = renderer.render(chat)
-    return [text[span.start : span.end] for span in spans]
+    return texts_of(rendered_by(template, chat))
 
 
 def reason_of(template: str, chat: Conversation) -> str:
@@ -81,7 +95,7 @@ def test_repeated_empty_and_role_named_contents_do_not_confuse(word: str) -> Non
         ("system", word), ("user", word), ("assistant", word), ("user", word), ("assistant", word)
     )
     renderer = Renderer(templates.CHATML, special_tokens={}, stops=STOPS)
-    text, spans = renderer.render(chat)
+    text, spans, *_ = renderer.render(chat)
     header = "<|im_start|>assistant\n"
     first = text.index(header) + len(header)
     second = text.index(header, first + len(word)) + len(header)
@@ -102,18 +116,39 @@ def test_an_answer_without_thinking_does_not_train_the_empty_thinking() -> None:
     assert answers(templates.STRIPS_THINKING, chat) == ["Two.<|im_end|>"]
 
 
-def test_stripped_thinking_is_rejected_where_it_would_be_trained() -> None:
-    turns = (("user", "1+1?"), ("assistant", THINKING), ("user", "Sure?"), ("assistant", THINKING))
-    assert reason_of(templates.STRIPS_THINKING, conversation(*turns)) == (
-        "the template changed the message"
-    )
-    context = conversation(*turns, labels=[0, 0, 0, 1])
-    assert answers(templates.STRIPS_THINKING, context) == [f"{THINKING}<|im_end|>"]
+STRIPPED = (("user", "1+1?"), ("assistant", THINKING), ("user", "Sure?"), ("assistant", THINKING))
 
 
-def test_a_reformatted_answer_is_rejected() -> None:
+def test_a_turn_whose_thinking_the_template_strips_is_not_trained_and_counted() -> None:
+    rendered = rendered_by(templates.STRIPS_THINKING, conversation(*STRIPPED))
+    assert texts_of(rendered) == [f"{THINKING}<|im_end|>"]
+    assert rendered.stripped == 1
+    context = conversation(*STRIPPED, labels=[0, 0, 0, 1])
+    rendered = rendered_by(templates.STRIPS_THINKING, context)
+    assert texts_of(rendered) == [f"{THINKING}<|im_end|>"]
+    assert rendered.stripped == 0
+
+
+def test_a_stripped_turn_is_trained_or_rejected_on_request() -> None:
+    chat = conversation(*STRIPPED)
+    train = RenderOptions(stripped_thinking="train")
+    assert texts_of(rendered_by(templates.STRIPS_THINKING, chat, train)) == [
+        "Two.<|im_end|>",
+        f"{THINKING}<|im_end|>",
+    ]
+    with pytest.raises(BadRecordError, match="leaves out the thinking of the messages 1") as caught:
+        rendered_by(templates.STRIPS_THINKING, chat, RenderOptions(stripped_thinking="reject"))
+    assert caught.value.reason == "the template changed the message"
+    only_stripped = conversation(*STRIPPED, labels=[0, 1, 0, 0])
+    assert reason_of(templates.STRIPS_THINKING, only_stripped) == "nothing to train"
+
+
+def test_a_reformatted_thinking_is_trained_as_the_model_will_write_it() -> None:
     chat = conversation(("user", "1+1?"), ("assistant", "<think>One and one.</think>Two."))
-    assert reason_of(templates.STRIPS_THINKING, chat) == "the template changed the message"
+    assert answers(templates.STRIPS_THINKING, chat) == [f"{THINKING}<|im_end|>"]
+
+
+def test_a_changed_answer_is_rejected() -> None:
     upper = templates.CHATML.replace("message['content']", "message['content'] | upper")
     assert reason_of(upper, TWO_TURNS) == "the template changed the message"
     twice = templates.CHATML.replace("message['content']", "message['content'] * 2")
@@ -142,13 +177,25 @@ def tool_call() -> Conversation:
     return Conversation(make_messages(raw, None), Category())
 
 
-def test_tool_calls_need_generation_tags() -> None:
-    assert reason_of(templates.CHATML, tool_call()) == "needs {% generation %}"
+def test_a_tool_call_is_trained_whole() -> None:
+    calls = templates.CHATML.replace(
+        "message['content'] +",
+        "(message['content'] or '') + ('<call>' + message.tool_calls[0].function.name + '</call>'"
+        " if message.tool_calls else '') +",
+    )
+    assert calls != templates.CHATML
+    assert answers(calls, tool_call()) == ["<call>add</call><|im_end|>"]
     block = templates.STOP_BEHIND_BLOCK.replace(
         "{{ message['content'] }}{% for", "{{ message['content'] or '' }}{% for"
     )
     assert block != templates.STOP_BEHIND_BLOCK
     assert answers(block, tool_call()) == ["<call>add<|im_end|>"]
+
+
+def test_a_tool_call_the_template_does_not_render_is_not_dropped_in_silence() -> None:
+    ignores = templates.CHATML.replace("message['content'] +", "(message['content'] or '') +")
+    assert reason_of(ignores, tool_call()) == "the template changed the message"
+    assert reason_of(templates.CHATML, tool_call()) == "the template refused"
 
 
 def test_reasoning_the_template_drops_is_not_dropped_in_silence() -> None:
@@ -157,8 +204,8 @@ def test_reasoning_the_template_drops_is_not_dropped_in_silence() -> None:
         {"role": "assistant", "content": "2", "reasoning_content": "One and one."},
     ]
     chat = Conversation(make_messages(raw, None), Category())
-    assert reason_of(templates.CHATML, chat) == "needs {% generation %}"
-    assert reason_of(templates.STOP_IN_BLOCK, chat) == "the template changed the message"
+    assert reason_of(templates.CHATML, chat) == "nothing to train"
+    assert reason_of(templates.STOP_IN_BLOCK, chat) == "nothing to train"
 
 
 @pytest.mark.parametrize(
@@ -178,5 +225,5 @@ def test_renders_equal_those_of_transformers(name: str, tmp_path: Any) -> None:
 
 def test_a_template_that_asks_for_the_date_always_gets_the_same() -> None:
     template = "{{ strftime_now('%d %b %Y') }}" + templates.CHATML
-    text, _ = Renderer(template, special_tokens={}, stops=STOPS).render(TWO_TURNS)
+    text, *_ = Renderer(template, special_tokens={}, stops=STOPS).render(TWO_TURNS)
     assert text.startswith("26 Jul 2024<|im_start|>")

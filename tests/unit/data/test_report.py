@@ -5,8 +5,17 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from megasft.data.build import BuildOptions, build
-from megasft.data.report import Bin, CategoryRow, Piece, category_rows, length_histogram, pieces
+from megasft.data.report import (
+    Bin,
+    CategoryRow,
+    Piece,
+    category_rows,
+    facts,
+    length_histogram,
+    pieces,
+)
 from megasft.data.tokenize import Recipe
+from megasft.data.too_long import Limit
 from megasft.store import open_store
 
 
@@ -39,3 +48,19 @@ def test_pieces_show_what_is_trained(
     ]
     num_labels = int(store.sample(0).turns[:, 1].sum())
     assert category_rows(store) == [CategoryRow(1, "chat", 2, num_labels)]
+
+
+def test_what_was_lost_to_length_is_among_the_facts(
+    tmp_path: Path, tokenizer_dir: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    def chat(answer: str) -> dict[str, object]:
+        question = {"role": "user", "content": "Hi"}
+        return {"messages": [question, {"role": "assistant", "content": answer}]}
+
+    path = write_jsonl(chat("Hello"), chat("Hello " * 40))
+    recipe = Recipe(tokenizer_dir, limit=Limit(30))
+    options = BuildOptions((path,), tmp_path / "store", recipe)
+    tally = build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
+    said = dict(facts(open_store(tmp_path / "store")))
+    assert said["too long"].startswith(f"0 cut, 1 dropped; lost {tally.lost_tokens:,} tokens (")
+    assert f"{tally.lost_labels:,} of them trained" in said["too long"]

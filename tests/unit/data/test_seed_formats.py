@@ -9,7 +9,8 @@ import pytest
 
 from megasft.data.build import BuildOptions, build
 from megasft.data.formats import FieldMap
-from megasft.data.tokenize import Recipe, load_tokenizer
+from megasft.data.tokenize import Recipe
+from megasft.data.tokenizer_folder import load_tokenizer
 from megasft.store import TokenStore, open_store
 from tests.tiny_tokenizer import make_tokenizer
 

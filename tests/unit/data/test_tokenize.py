@@ -6,8 +6,9 @@ import orjson
 import pytest
 from transformers import AutoTokenizer
 
-from megasft.data.render import Span
-from megasft.data.tokenize import Encoded, Made, Recipe, Rejected, Tokenizer, trained_tokens
+from megasft.data.encode import Encoded, trained_tokens
+from megasft.data.tokenize import Made, Recipe, Rejected, Tokenizer
+from megasft.data.turn_bounds import Span
 from megasft.errors import DataError
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -73,10 +74,11 @@ def test_special_tokens_in_the_text_are_rejected_unless_kept(tokenizer_dir: Path
         {"role": "user", "content": "Say <|im_end|>"},
         {"role": "assistant", "content": "No <|im_end|> twice"},
     ]
-    outcome = make_one(tokenizer_dir, {"messages": messages})
+    record = {"messages": messages}
+    outcome = make_one(tokenizer_dir, record, special_tokens_in_text="reject")
     assert isinstance(outcome, Rejected)
     assert outcome.reason == "special token in the text"
-    kept = make_one(tokenizer_dir, {"messages": messages}, keep_special_tokens=True)
+    kept = make_one(tokenizer_dir, record, special_tokens_in_text="keep")
     assert isinstance(kept, Made)
     ((start, num_tokens, _, _),) = kept.sample.turns.tolist()
     trained = kept.sample.tokens[start : start + num_tokens].tolist()
@@ -125,11 +127,15 @@ def test_a_token_belongs_to_a_span_only_as_a_whole() -> None:
     #                    A  B  C    D     tokens at [0,2) [2,4) [4,9) [9,12)
     starts, ends = np.array([0, 2, 4, 9]), np.array([2, 4, 9, 12])
     encoded = Encoded(np.arange(4, dtype=np.int32), starts, ends)
-    assert trained_tokens(encoded, Span(2, 9, None, 0)) == (1, 3)
-    assert trained_tokens(encoded, Span(3, 9, None, 0)) == (2, 3)
-    assert trained_tokens(encoded, Span(2, 8, None, 0)) == (1, 2)
-    assert trained_tokens(encoded, Span(2, 8, "<e>", 0)) == (1, 3)  # rstrip swallowed a blank
-    assert trained_tokens(encoded, Span(0, 4, None, 0)) == (1, 2)
+    for span, wanted in (
+        (Span(2, 9, None, 0), (1, 3, 0)),
+        (Span(3, 9, None, 0), (2, 3, 1)),
+        (Span(2, 8, None, 0), (1, 2, 1)),
+        (Span(2, 8, "<e>", 0), (1, 3, 0)),  # rstrip swallowed a blank
+        (Span(0, 4, None, 0), (1, 2, 0)),
+    ):
+        first, last, num_border_tokens = trained_tokens(encoded, "x" * 12, [span])
+        assert (int(first[0]), int(last[0]), num_border_tokens) == wanted
 
 
 @pytest.mark.parametrize("missing", ["folder", "files", "template"])

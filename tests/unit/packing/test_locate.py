@@ -1,8 +1,15 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megasft.packing.locate import first_step_of_row, row_of_sample, rows_of_step
+from megasft.draw import Draw, Stage
+from megasft.packing.locate import (
+    first_step_of_row,
+    row_of_sample,
+    rows_of_sample,
+    rows_of_step,
+)
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.training.global_batch import GlobalBatches
 from tests.stores import random_samples, sample, write_store
@@ -43,3 +50,19 @@ def test_the_first_step_of_a_row_trains_it(plan: RowPlan) -> None:
         step = first_step_of_row(plan, row, global_batch_size=4, seed=7)
         assert row in rows_of_step(plan, step=step, global_batch_size=4, seed=7)
         assert (step - 1) * 4 < len(plan)  # in the first epoch
+
+
+def test_each_copy_of_a_sample_is_found_and_stages_have_their_steps(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [sample([1] * 6, (1, 1)) for _ in range(6)])
+    stages = (Stage("a", np.array([0, 1, 2])), Stage("b", np.array([3, 0, 4])))
+    plan = plan_rows(
+        store, row_tokens=8, align_tokens=1, seed=0, draw=Draw("sequential", stages, (), ())
+    )
+    rows = rows_of_sample(plan, 0)
+    assert len(rows) == 2
+    assert rows[0] < 3 <= rows[1]
+    assert row_of_sample(plan, 0) == rows[0]
+    assert rows_of_sample(plan, 5) == []
+    assert set(rows_of_step(plan, step=1, global_batch_size=3, seed=1)) == {0, 1, 2}
+    assert set(rows_of_step(plan, step=2, global_batch_size=3, seed=1)) == {3, 4, 5}
+    assert first_step_of_row(plan, rows[1], global_batch_size=3, seed=1) == 2

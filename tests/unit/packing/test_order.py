@@ -23,3 +23,19 @@ def test_a_position_means_the_same_row_from_wherever_one_starts() -> None:
 def test_another_seed_is_another_order() -> None:
     a, b = (RowOrder(num_rows=50, seed=s) for s in (1, 2))
     assert [a[k] for k in range(50)] != [b[k] for k in range(50)]
+
+
+def test_stages_are_trained_one_after_the_other_in_every_epoch() -> None:
+    order = RowOrder(num_rows=20, seed=3, stages=(0, 5, 5, 20))
+    epochs = [[order[k] for k in range(20 * e, 20 * (e + 1))] for e in range(3)]
+
+    for epoch in epochs:
+        assert sorted(epoch[:5]) == list(range(5))
+        assert sorted(epoch[5:]) == list(range(5, 20))
+    assert epochs[0][:5] != epochs[1][:5]
+    assert epochs[0][5:] != sorted(epochs[0][5:])
+
+
+def test_one_stage_is_the_order_of_a_plan_without_stages() -> None:
+    plain, staged = RowOrder(num_rows=30, seed=5), RowOrder(num_rows=30, seed=5, stages=(0, 30))
+    assert [plain[k] for k in range(90)] == [staged[k] for k in range(90)]

@@ -1,8 +1,12 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from megasft.draw import Draw, Stage
 from megasft.errors import PlanError
 from megasft.packing.plan import plan_rows
 from tests.stores import random_samples, sample, write_store
@@ -83,3 +87,59 @@ def test_sizes_that_make_no_rows_are_refused(tmp_path: Path) -> None:
         plan_rows(store, row_tokens=10, align_tokens=4, seed=0)
     with pytest.raises(PlanError, match="the shortest has 20"):
         plan_rows(store, row_tokens=8, align_tokens=1, seed=0)
+
+
+def draw_of(*stages: list[int]) -> Draw:
+    named = tuple(Stage(str(i), np.array(s, np.int64)) for i, s in enumerate(stages))
+    return Draw("sequential", named, (), ())
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.integers(0, 29), min_size=1, max_size=40), min_size=1, max_size=3))
+def test_rows_hold_what_was_drawn_stage_by_stage(tmp_path: Path, stages: list[list[int]]) -> None:
+    """A sample drawn twice is there twice; counts of rows count it twice."""
+    samples = random_samples(30, seed=1)
+    store = write_store(tmp_path / "store", samples)
+
+    plan = plan_rows(store, row_tokens=64, align_tokens=4, seed=0, draw=draw_of(*stages))
+
+    assert len(plan.stages) == len(stages) + 1
+    for stage, (start, end) in zip(stages, pairwise(plan.stages), strict=True):
+        inside = [int(i) for r in range(start, end) for i in plan.rows[r]]
+        assert sorted(inside) == sorted(stage)
+    for r in range(len(plan)):
+        row = [samples[i] for i in plan.rows[r]]
+        assert sum(-(-len(s.tokens) // 4) * 4 for s in row) <= 64
+        assert plan.turns[r] == sum(len(s.turns) for s in row)
+        assert plan.tokens[r] == sum(len(s.tokens) for s in row)
+
+
+def test_a_plan_of_a_draw_is_cached_for_that_draw_alone(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(30, seed=1))
+    draws = [None, draw_of([*range(30)]), draw_of([*range(20)], [*range(20, 30)]), draw_of([7, 7])]
+    made = [plan_rows(store, row_tokens=64, align_tokens=4, seed=0, draw=d) for d in draws]
+
+    assert len(list((tmp_path / "store" / "row_plans").glob("*.npz"))) == 4
+    assert len({plan.identity for plan in made}) == 4
+    assert made[0].identity.endswith("seed 0")  # checkpoints of before mixtures say that
+    again = [plan_rows(store, row_tokens=64, align_tokens=4, seed=0, draw=d) for d in draws]
+    for one, other in zip(made, again, strict=True):
+        assert one.rows.samples.tolist() == other.rows.samples.tolist()
+        assert one.stages == other.stages
+    assert made[2].stages[0] == 0 < made[2].stages[1] < made[2].stages[2] == len(made[2])
+    order = [made[2].order(seed=4)[k] for k in range(len(made[2]))]
+    assert set(order[: made[2].stages[1]]) == set(range(made[2].stages[1]))
+
+
+def test_drawn_samples_longer_than_a_row_are_left_out_and_named_once(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [sample([1] * n, (1, 1)) for n in (4, 9, 9, 8)])
+
+    plan = plan_rows(store, row_tokens=8, align_tokens=1, seed=0, draw=draw_of([0, 1, 1], [2], [3]))
+
+    assert plan.too_long.tolist() == [1, 2]
+    assert plan.stages == (0, 1, 1, 2)  # a stage of which nothing fits has no row
+    assert "2 rows of 8 tokens (25.00 % padding) in 3 stages, 1 + 0 + 1," in plan.summary(
+        global_batch_size=1
+    )
+    with pytest.raises(PlanError, match=r"none of the 2 samples .*the shortest has 9"):
+        plan_rows(store, row_tokens=8, align_tokens=1, seed=0, draw=draw_of([1, 2]))

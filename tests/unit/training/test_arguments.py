@@ -12,7 +12,7 @@ from megasft.training import arguments
 
 def flags(**changes: Any) -> SimpleNamespace:
     good = {
-        "megasft_data": "store",
+        "megasft_data": ["store"],
         "seq_length": 128,
         "calculate_per_token_loss": True,
         "megasft_loss": "turn",
@@ -108,7 +108,7 @@ def test_a_folder_that_no_conversion_wrote_is_refused(tmp_path: Path) -> None:
 
 
 def test_ids_the_model_has_no_row_for_are_refused() -> None:
-    store: Any = SimpleNamespace(path="store", meta={"vocab_size": 300})
+    store: Any = SimpleNamespace(name="store", meta={"vocab_size": 300})
 
     def flags(vocab_size: int | None, padded: int | None = None, tp: int = 1) -> SimpleNamespace:
         return SimpleNamespace(

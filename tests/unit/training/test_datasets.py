@@ -12,7 +12,8 @@ from tests.stores import random_samples, sample, write_store
 
 def flags(store: Path, **changes: Any) -> SimpleNamespace:
     good = {
-        "megasft_data": str(store),
+        "megasft_data": [str(store)],
+        "megasft_mixture": None,
         "megasft_valid_data": str(store),
         "megasft_align_tokens": 8,
         "megasft_plan_cache": None,
@@ -97,3 +98,37 @@ def test_evaluation_covers_the_whole_store_whatever_its_size(tmp_path: Path) -> 
     assert args.eval_iters == 3  # 9 rows in batches of 4, the last one filled up
     datasets.set_eval_iters(args, data._replace(valid=None))
     assert args.eval_iters == 0
+
+
+def test_several_stores_and_a_mixture_make_one_plan_and_say_what_was_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one", "two"):
+        write_store(tmp_path / name, [sample([1] * 32, (1, 31))] * 8)
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(
+        "curriculum: sequential\nparts: [{source: two, sample_rate: 2}, {source: one}]"
+    )
+    stores = [str(tmp_path / "one"), str(tmp_path / "two")]
+    args = flags(tmp_path / "one", megasft_data=stores, megasft_mixture=str(mixture))
+
+    data = datasets.open_data(args)
+    with caplog.at_level(logging.INFO, "megasft"):
+        datasets.announce(args, data)
+
+    plan = data.train.plan
+    assert plan.stages == (0, 8, 12)
+    assert {int(i) for r in range(8) for i in plan.rows[r]} == set(range(8, 16))
+    assert {int(i) for r in range(8, 12) for i in plan.rows[r]} == set(range(8))
+    assert "12 rows of 64 tokens (0.00 % padding) in 2 stages, 8 + 4," in caplog.messages[0]
+    assert caplog.messages[1:5] == [
+        "mixture: two: 16 samples drawn of 8",
+        "mixture: one: 8 samples drawn of 8",
+        "stage two: iterations 0.00 to 2.00 of each epoch",
+        "stage one: iterations 2.00 to 3.00 of each epoch",
+    ]
+    plain = datasets.open_data(flags(tmp_path / "one", megasft_data=stores))
+    assert plain.train.plan.identity != plan.identity
+    assert len(plain.train.plan) == 8
+    assert data.valid is not None
+    assert len(data.valid.plan) == 4  # the mixture is for training alone

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megasft.draw import Draw, Stage
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.training.global_batch import GlobalBatches
@@ -41,3 +43,16 @@ def test_an_epoch_counts_every_unit_once(tmp_path: Path) -> None:
     batch = GlobalBatches(plan, seed=0, objective="sample").at(0, num_rows=len(plan))
 
     assert batch.units == 40, "the sample without a turn is no unit"
+
+
+def test_a_global_batch_follows_the_stages_of_the_plan(tmp_path: Path) -> None:
+    samples = [sample([1] * 60, *((1 + 2 * i, 1) for i in range(n))) for n in (1, 2, 3, 4)]
+    stages = (Stage("hard", np.array([3, 3, 2])), Stage("easy", np.array([0, 1, 0])))
+    drawn = Draw("sequential", stages, (), ())
+    store = write_store(tmp_path / "store", samples)
+    plan = plan_rows(store, row_tokens=64, align_tokens=8, seed=1, draw=drawn)
+
+    batches = GlobalBatches(plan, seed=9, objective="turn")
+
+    in_epochs = [batches.at(3 * step, num_rows=3).units for step in range(4)]
+    assert in_epochs == [4 + 4 + 3, 1 + 2 + 1] * 2

@@ -1,0 +1,1 @@
+"""What can be wrong with training data although it builds: rules, and findings with file:line."""

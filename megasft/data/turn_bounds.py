@@ -1,0 +1,217 @@
+r"""Where a turn begins and ends in a render: behind the inference prompt, up to the stop token.
+
+A turn is what the model has to say when it is asked with ``add_generation_prompt=True``. So it
+begins where that prompt ends:
+
+    the template's generation prompt is looked for before the answer   <|im_start|>assistant\n
+    a template without one: the end of its render of the messages
+    before the answer                                                  [INST] Hi [/INST]
+    neither: at the answer itself
+
+An empty ``<think>`` block behind it was put there by the template (or by the prompt of a model that
+is asked not to think), so the turn begins behind that. It ends with the stop token: the special
+token behind the answer, white space between them or not; for some templates that is the next role
+token. Behind tool calls it is the token that ends a plain answer, because their markup may hold
+special tokens, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+from megasft.data.chat_template import ChatTemplate
+from megasft.data.conversation import BadRecordError
+
+_EMPTY_THINKING: Final = re.compile(r"<think>\s*</think>\n{0,2}")
+_THINKING_TAIL: Final = re.compile(r"<think>\s*(</think>\s*)?\Z")
+_THINKING_OPENED: Final = re.compile(r"<think>\s*\Z")
+_GLUE: Final = re.compile(r"\s*(<think>\s*)?(</think>\s*)?")
+_PROBES: Final = ("Qz7user0vK", "Qz7answer0vK")
+_PROBE_TOOLS: Final = (
+    {
+        "type": "function",
+        "function": {
+            "name": "probe",
+            "description": "A probe.",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    },
+)
+
+
+class Span(NamedTuple):
+    """Supervised characters of a render.
+
+    Attributes:
+        start: First character of the turn.
+        end: Behind its last character, or behind its stop token.
+        stop: The special token that ends the turn, included in the span; None if there is none.
+        message: Index of the message.
+    """
+
+    start: int
+    end: int
+    stop: str | None
+    message: int
+
+
+class Place(NamedTuple):
+    """Where the texts of a trained message lie in a render.
+
+    Attributes:
+        message: Its index.
+        start: First character of its first text.
+        end: Behind its last text.
+        after: End of what lies before and belongs to other messages.
+        before: Start of what lies behind and belongs to other messages.
+        calls_tools: Its first or last text may be a tool's name.
+        is_alone: No text of another message lies between ``after`` and ``start``.
+        anchor: What the render reads up to ``after``, unique in it; empty if nothing is.
+        is_empty: It has no text in the render; its turn is somewhere between ``after`` and
+            ``before``, the first if there are several.
+    """
+
+    message: int
+    start: int
+    end: int
+    after: int
+    before: int
+    calls_tools: bool
+    is_alone: bool = True
+    anchor: str = ""
+    is_empty: bool = False
+
+
+class TurnBounds:
+    """Finds the bounds of turns in the renders of one chat template.
+
+    Args:
+        template: The chat template.
+        stops: Special tokens that can end a turn.
+    """
+
+    def __init__(self, template: ChatTemplate, stops: Iterable[str]) -> None:
+        self._template = template
+        any_stop = "|".join(re.escape(t) for t in sorted(stops, key=len, reverse=True)) or "(?!)"
+        self._stop = re.compile(rf"\s*({any_stop})")
+        self._stop_inside = re.compile(rf"({any_stop})\s*\Z")
+        self._last_special = re.compile(rf"({any_stop})(?:(?!{any_stop}).)*\Z", re.DOTALL)
+        self._headers = self._generation_prompts()
+        self._usual_stop = self._stop_of_a_plain_answer()
+
+    def span(self, text: str, place: Place, prompt: Callable[[int], str]) -> Span | None:
+        """Return the span of the turn that holds a message, or None if it cannot be told.
+
+        Args:
+            text: The whole render.
+            place: Where the message lies in it.
+            prompt: Render of the first so many messages, with the generation prompt.
+        """
+        if place.is_empty:
+            return self._span_of_nothing(text, place, prompt)
+        start = self._start(text, place, prompt)
+        if start is None:
+            return None
+        span = self.with_stop(text, start, place)
+        return None if place.calls_tools and span.stop is None else span
+
+    def _span_of_nothing(
+        self, text: str, place: Place, prompt: Callable[[int], str]
+    ) -> Span | None:
+        """Return the span of an answer without words: blanks and the stop token."""
+        starts = []
+        for header in self._headers:
+            found = text.find(header, place.after, place.before)
+            starts += [found + len(header)] if found >= 0 else []
+        if not starts and (asked := self._asked(text, place, prompt)) is not None:
+            starts.append(asked)
+        for start in starts:
+            start = _behind_empty_thinking(text, start, place.before)
+            if stop := self._stop.match(text, start, place.before):
+                return Span(start, stop.end(), stop[1], place.message)
+        return None
+
+    def _asked(self, text: str, place: Place, prompt: Callable[[int], str]) -> int | None:
+        """Return where the prompt for this message ends in the whole render."""
+        try:
+            asked = prompt(place.message)
+        except BadRecordError:
+            return None
+        if text.startswith(asked):
+            start = len(asked)
+        elif place.anchor and place.anchor in asked:
+            # It begins otherwise (tools are shown before the last question alone), and ends so.
+            tail = asked.rpartition(place.anchor)[2]
+            start = place.after + len(tail) if text.startswith(tail, place.after) else -1
+        else:
+            start = -1
+        if start < 0 and place.is_alone and (last := self._last_special.search(asked)):
+            found = text.rfind(last[0], place.after, place.start)
+            start = found + len(last[0]) if found >= 0 else -1
+        return start if place.after <= start <= place.start else None
+
+    def with_stop(self, text: str, start: int, place: Place) -> Span:
+        """Return the span from a known start to behind the stop token."""
+        end = place.end
+        if inside := self._stop_inside.search(text, start, end):  # a block may hold it
+            return Span(start, inside.end(1), inside[1], place.message)
+        direct = self._stop.match(text, end)
+        usual = text.find(self._usual_stop, end, place.before) if self._usual_stop else -1
+        if usual >= 0 and (place.calls_tools or direct is None):
+            return Span(start, usual + len(self._usual_stop), self._usual_stop, place.message)
+        if direct:
+            return Span(start, direct.end(), direct[1], place.message)
+        return Span(start, end, None, place.message)
+
+    def _start(self, text: str, place: Place, prompt: Callable[[int], str]) -> int | None:
+        for header in self._headers:
+            found = text.rfind(header, place.after, place.start)
+            start = found + len(header)
+            if found >= 0 and (place.is_alone or _is_glue(text, start, place)):
+                return _behind_empty_thinking(text, start, place.start)
+        asked = self._asked(text, place, prompt)
+        if asked is not None and (place.calls_tools or _is_glue(text, asked, place)):
+            return _behind_empty_thinking(text, asked, place.start)
+        if place.calls_tools:
+            return None
+        opened = _THINKING_OPENED.search(text, place.after, place.start)
+        return opened.start() if opened else place.start
+
+    def _generation_prompts(self) -> tuple[str, ...]:
+        user = [{"role": "user", "content": _PROBES[0]}]
+        try:
+            bare = self._template.run(user, None)
+            asked = self._template.run(user, None, add_generation_prompt=True)
+        except BadRecordError:
+            return ()
+        if not asked.startswith(bare) or asked == bare:
+            return ()
+        prompt = asked[len(bare) :]
+        without_thinking = _THINKING_TAIL.sub("", prompt)
+        return tuple(dict.fromkeys(p for p in (prompt, without_thinking) if p.strip()))
+
+    def _stop_of_a_plain_answer(self) -> str:
+        messages: list[Mapping[str, Any]] = [
+            {"role": "user", "content": _PROBES[0]},
+            {"role": "assistant", "content": _PROBES[1]},
+        ]
+        for tools in (None, _PROBE_TOOLS):  # a template for tools may insist on some
+            with suppress(BadRecordError):
+                text = self._template.run(messages, tools)
+                answer = text.find(_PROBES[1])
+                found = self._stop.match(text, answer + len(_PROBES[1])) if answer >= 0 else None
+                return found[1] if found else ""
+        return ""
+
+
+def _is_glue(text: str, start: int, place: Place) -> bool:
+    glue = _GLUE.match(text, start, place.start)
+    return glue is not None and glue.end() == place.start
+
+
+def _behind_empty_thinking(text: str, start: int, limit: int) -> int:
+    found = _EMPTY_THINKING.match(text, start, limit)
+    return found.end() if found else start

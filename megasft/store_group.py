@@ -1,0 +1,228 @@
+"""Several token stores read as one, and what a mixture may draw from them.
+
+The result is a ``TokenStore`` like any other, so rows, training, ``trace`` and the reports need not
+know of it. Token ids stay in the memory maps of their stores. Turn records are copied into memory
+with their categories renumbered: 16 bytes a turn and process, which keeps every reader of turns as
+it is; a lazy view would save some 16 MB a million turns.
+
+Ids are comparable only between stores of one tokenizer, so others are refused. Categories are one
+by name: of each store but the first, a category takes the id its name has already, else its own,
+else the smallest that no store uses; the last case is logged, because a mixture may name the old
+id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megasft.draw import Population
+from megasft.errors import StoreError
+from megasft.schema import NO_CATEGORY, TURN_FIELDS
+from megasft.store import SequenceFile, Sequences, TokenStore, open_store
+
+logger = logging.getLogger(__name__)
+
+_CATEGORY: Final = TURN_FIELDS.index("category_id")
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Sequences of several files, numbered through.
+
+    Attributes:
+        files: Where they are.
+        starts: int64 [files + 1]. Number of the first sequence of each file.
+        lengths: int32 [S]. Elements of each sequence.
+    """
+
+    files: tuple[Sequences, ...]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.integer[Any]]:
+        if not 0 <= index < self.starts[-1]:
+            raise IndexError(index)
+        file = int(np.searchsorted(self.starts, index, "right")) - 1
+        return self.files[file][index - int(self.starts[file])]
+
+
+def open_stores(paths: Sequence[Path | str]) -> TokenStore:
+    """Open one store, or several as one.
+
+    Args:
+        paths: Folders of stores, at least one; samples are numbered in this order.
+
+    Raises:
+        StoreError: One is missing or damaged, is named twice, or has another tokenizer.
+    """
+    twice = [path for path, n in Counter(Path(p).resolve() for p in paths).items() if n > 1]
+    if twice:
+        raise StoreError(
+            f"{twice[0]} is named twice; name it once, and repeat its samples with a mixture "
+            "(sample_rate: 2)"
+        )
+    stores = [open_store(path) for path in paths]
+    if len(stores) == 1:
+        return stores[0]
+    for store in stores[1:]:
+        _require_same_tokenizer(stores[0], store)
+    names, renumbered = _one_numbering([store.meta.get("categories", {}) for store in stores])
+    return TokenStore(
+        stores[0].path,
+        _meta(stores, names, renumbered),
+        _joined([store.tokens for store in stores]),
+        _turns(stores, renumbered),
+        _lineage(stores),
+    )
+
+
+def population_of(store: TokenStore) -> Population:
+    """Return what a mixture may draw: each sample with its source and category.
+
+    A sample has the category of its first turn; one without turns has none.
+    """
+    width = len(TURN_FIELDS)
+    starts = store.turns.offsets[:-1] // width
+    has_turn = np.diff(store.turns.offsets) > 0
+    categories = np.full(len(store), NO_CATEGORY, np.int32)
+    records = store.turns.values.reshape(-1, width)
+    categories[has_turn] = records[starts[has_turn], _CATEGORY]
+    sources = [
+        (source["path"], source.get("store", str(store.path))) for source in store.meta["sources"]
+    ]
+    names = {int(i): str(name) for i, name in store.meta.get("categories", {}).items()}
+    return Population(np.asarray(store.lineage[:, 0]), categories, sources, names)
+
+
+def _require_same_tokenizer(first: TokenStore, other: TokenStore) -> None:
+    facts = (
+        ("vocabulary size", [store.meta["vocab_size"] for store in (first, other)]),
+        ("tokenizer", [_tokenizer(store, "sha256") for store in (first, other)]),
+    )
+    for name, (ours, theirs) in facts:
+        if ours != theirs:
+            raise StoreError(
+                f"{first.path} and {other.path} differ in {name} ({ours} and {theirs}), so an id "
+                "is not the same token in both; build them with one tokenizer"
+            )
+    templates = [_tokenizer(store, "chat_template_sha256") for store in (first, other)]
+    if templates[0] != templates[1]:
+        logger.warning(
+            "%s and %s were rendered with different chat templates; the model learns both",
+            *(first.path, other.path),
+        )
+
+
+def _tokenizer(store: TokenStore, fact: str) -> Any:
+    return store.meta.get("tokenizer", {}).get(fact)
+
+
+def _one_numbering(
+    categories: Sequence[Mapping[str, str]],
+) -> tuple[dict[int, str], list[dict[int, int]]]:
+    """Return the names of all categories, and what each store's ids become.
+
+    Example:
+        >>> _one_numbering([{"1": "a"}, {"1": "b", "2": "a"}])
+        ({1: 'a', 3: 'b'}, [{1: 1}, {1: 3, 2: 1}])
+    """
+    names: dict[int, str] = {}
+    ids: dict[str, int] = {}
+    renumbered = []
+    reserved = {int(i) for of_store in categories for i in of_store}
+    for of_store in categories:
+        new = {}
+        for old, name in of_store.items():
+            number = ids.get(name)
+            if number is None:
+                number = int(old) if int(old) not in names else _free(names, reserved)
+            names[number], ids[name], new[int(old)] = name, number, number
+        renumbered.append(new)
+    return dict(sorted(names.items())), renumbered
+
+
+def _free(names: Mapping[int, str], reserved: set[int]) -> int:
+    number = NO_CATEGORY + 1
+    while number in names or number in reserved:
+        number += 1
+    return number
+
+
+def _joined(files: Sequence[Sequences]) -> _Joined:
+    counts = [len(file.lengths) for file in files]
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    return _Joined(tuple(files), starts, np.concatenate([file.lengths for file in files]))
+
+
+def _turns(stores: Sequence[TokenStore], renumbered: Sequence[Mapping[int, int]]) -> SequenceFile:
+    records = []
+    for store, new in zip(stores, renumbered, strict=True):
+        own = np.array(store.turns.values, np.int32).reshape(-1, len(TURN_FIELDS))
+        old_ids, places = np.unique(own[:, _CATEGORY], return_inverse=True)
+        own[:, _CATEGORY] = np.array([new.get(i, i) for i in old_ids.tolist()], np.int32)[places]
+        records.append(own.reshape(-1))
+    lengths = np.concatenate([store.turns.lengths for store in stores])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return SequenceFile(np.concatenate(records), lengths, offsets)
+
+
+def _lineage(stores: Sequence[TokenStore]) -> npt.NDArray[np.int64]:
+    pieces, first = [], 0
+    for store in stores:
+        pieces.append(np.asarray(store.lineage) + np.array([first, 0]))
+        first += len(store.meta["sources"])
+    return np.concatenate(pieces)
+
+
+def _meta(
+    stores: Sequence[TokenStore],
+    names: Mapping[int, str],
+    renumbered: Sequence[Mapping[int, int]],
+) -> dict[str, Any]:
+    for store, new in zip(stores, renumbered, strict=True):
+        for old, number in new.items():
+            if old != number:
+                logger.warning(
+                    "category %d (%s) of %s is %d here; name it by its name in a mixture",
+                    *(old, names[number], store.path, number),
+                )
+    prints = [
+        [store.fingerprint, sorted(new.items())]
+        for store, new in zip(stores, renumbered, strict=True)
+    ]
+    ends = {i for store in stores for i in store.meta["special_tokens"].get("end_of_turn", [])}
+    return {
+        **stores[0].meta,
+        "fingerprint": hashlib.sha256(orjson.dumps(prints)).hexdigest()[:32],
+        "stores": [str(store.path) for store in stores],
+        "special_tokens": {**stores[0].meta["special_tokens"], "end_of_turn": sorted(ends)},
+        "categories": {str(i): name for i, name in names.items()},
+        "counts": _sums([store.meta["counts"] for store in stores]),
+        "sources": [
+            {**source, "store": str(store.path)}
+            for store in stores
+            for source in store.meta["sources"]
+        ],
+    }
+
+
+def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up counts key by key, those by reason too."""
+    total: dict[str, Any] = {}
+    for of_store in counts:
+        for key, value in of_store.items():
+            if isinstance(value, Mapping):
+                total[key] = _sums([total.get(key, {}), value])
+            elif isinstance(value, int):
+                total[key] = total.get(key, 0) + value
+    return total

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from megasft.data.too_long import Limit, shorten
+from megasft.schema import Sample
+
+# tokens 0..11; turns at [2, 5) and [8, 11)
+SAMPLE = Sample(
+    np.arange(12, dtype=np.int32), np.array([[2, 3, 0, 1], [8, 3, 0, 3]], dtype=np.int32)
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "room", "num_tokens", "turns", "lost"),
+    [
+        ("truncate-turns", 11, 11, [[2, 3], [8, 3]], (1, 0)),
+        ("truncate-turns", 10, 5, [[2, 3]], (7, 3)),
+        ("truncate-turns", 5, 5, [[2, 3]], (7, 3)),
+        ("truncate-turns", 4, None, [], (12, 6)),
+        ("truncate", 10, 10, [[2, 3], [8, 2]], (2, 1)),
+        ("truncate", 8, 8, [[2, 3]], (4, 3)),
+        ("truncate", 2, None, [], (12, 6)),
+        ("drop", 11, None, [], (12, 6)),
+    ],
+)
+def test_what_is_left_and_what_is_lost(
+    policy: str, room: int, num_tokens: int | None, turns: list[list[int]], lost: tuple[int, int]
+) -> None:
+    limit = Limit(room, policy)
+    assert limit.exceeded_by(SAMPLE)
+    cut = shorten(SAMPLE, limit)
+    assert (cut.lost_tokens, cut.lost_labels) == lost
+    if num_tokens is None:
+        assert cut.sample is None
+        return
+    assert cut.sample is not None
+    assert cut.sample.tokens.tolist() == list(range(num_tokens))
+    assert cut.sample.turns[:, :2].tolist() == turns
+    assert cut.is_mid_turn == (policy == "truncate" and room == 10)
+    assert SAMPLE.turns[:, 1].tolist() == [3, 3]  # the original is not written to
+
+
+def test_only_a_longer_sample_is_too_long() -> None:
+    assert not Limit(12).exceeded_by(SAMPLE)
+    assert not Limit(0).exceeded_by(SAMPLE)
+    assert Limit(11).exceeded_by(SAMPLE)
