@@ -47,11 +47,15 @@ class LookedFor(NamedTuple):
     equal: frozenset[str]
     edges: frozenset[str]
 
-    def meet(self, texts: Sequence[str]) -> bool:
-        """Return whether any of these texts, stripped of white space, could be noticed."""
-        if self.contained:
-            joined = "\0".join(texts)
-            if any(text in joined for text in self.contained):
+    def meet(self, texts: Sequence[str], joined: str) -> bool:
+        """Return whether any of these texts, stripped of white space, could be noticed.
+
+        Args:
+            texts: Of one conversation.
+            joined: The same with something between that no template looks for.
+        """
+        for text in self.contained:
+            if text in joined:
                 return True
         if not self.equal.isdisjoint(texts):
             return True

@@ -8,8 +8,8 @@ is mended on the way: an unknown role or a label list of the wrong length is the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 from megasft.errors import DataError
 
@@ -76,8 +76,7 @@ class Category:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message of a conversation.
 
     Attributes:
@@ -125,7 +124,7 @@ def make_messages(
     is_default = train_on != "labels"
     messages = tuple(_message(item, i, flags, is_default) for i, item in enumerate(raw))
     if train_on == "everything":
-        return tuple(replace(m, trained=False) for m in messages)
+        return tuple(m._replace(trained=False) for m in messages)
     if not any(m.role == "assistant" for m in messages):
         raise BadRecordError(
             "no assistant turn", f"none of the {len(messages)} messages is assistant's"
@@ -133,7 +132,7 @@ def make_messages(
     if train_on == "last-turn":
         last = max(i for i, m in enumerate(messages) if m.role == "assistant")
         messages = tuple(
-            replace(m, trained=m.trained and i == last) for i, m in enumerate(messages)
+            m._replace(trained=m.trained and i == last) for i, m in enumerate(messages)
         )
     if not any(m.trained for m in messages):
         raise BadRecordError("nothing to train", _NOTHING[train_on])
@@ -190,6 +189,9 @@ def _flag(label: Any) -> bool:
     return bool(label)
 
 
+_NOTHING_ELSE: Final[dict[str, Any]] = {}
+
+
 def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) -> Message:
     if not isinstance(item, dict):
         raise BadRecordError("wrong type", f"message {index} is not an object")
@@ -200,6 +202,10 @@ def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) 
         raise BadRecordError(
             "unknown role", f"message {index} has role {role!r}; known are {', '.join(ROLES)}"
         )
+    content = item.get("content")
+    if len(item) == 2 and type(content) is str:  # nearly all: a role, a text, and nothing else
+        wanted = flags[index] if flags else is_default
+        return Message(role, content, role == "assistant" and wanted, _NOTHING_ELSE)
     own = [key for key in LABEL_KEYS if item.get(key) is not None]
     if len(own) > (flags is None):
         raise BadRecordError("bad labels", f"message {index} is labelled twice")

@@ -14,7 +14,8 @@ padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -41,19 +42,19 @@ _TRAPS: Final = (
 
 
 class Encoded(NamedTuple):
-    """Token ids of a render and what each covers; both bounds ascend.
+    """Token ids of several texts, end to end, and the bytes each covers; bounds ascend.
 
     Attributes:
         ids: int32 [L].
-        starts: int64 [L]. First character (or byte) of each token.
+        starts: int64 [L]. First byte of each token, counted in the UTF-8 of all texts joined.
         ends: int64 [L]. Behind its last one.
-        in_bytes: Whether bounds count bytes of UTF-8 instead of characters.
+        borders: int64 [B + 1]. First token of each text.
     """
 
     ids: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
-    in_bytes: bool = False
+    borders: npt.NDArray[np.int64]
 
 
 class Encoder(Protocol):
@@ -61,8 +62,8 @@ class Encoder(Protocol):
 
     name: str
 
-    def encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        """Yield the tokens of each text; special tokens in it become control tokens."""
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the tokens of some texts; special tokens in them become control tokens."""
         ...
 
     def check(self, texts: Sequence[str]) -> None:
@@ -85,16 +86,22 @@ class HuggingFaceEncoder:
         self._backend, self._place = backend, place
         self.name = "tokenizers"
 
-    def encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        """Yield the tokens of each text, with bounds in characters."""
-        for item in self._backend.encode_batch(list(texts), add_special_tokens=False):
-            bounds = np.asarray(item.offsets, dtype=np.int64).reshape(-1, 2)
-            if (np.diff(bounds, axis=0) < 0).any():
-                raise DataError(
-                    f"{self._place}: the offsets of this tokenizer do not ascend, so answers "
-                    "cannot be found in its tokens; use another conversion of it"
-                )
-            yield Encoded(np.asarray(item.ids, dtype=np.int32), bounds[:, 0], bounds[:, 1])
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the tokens of some texts; special tokens in them become control tokens."""
+        items = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        bounds = [np.asarray(item.offsets, dtype=np.int64).reshape(-1, 2) for item in items]
+        if any((np.diff(own, axis=0) < 0).any() for own in bounds):
+            raise DataError(
+                f"{self._place}: the offsets of this tokenizer do not ascend, so answers cannot "
+                "be found in its tokens; use another conversion of it"
+            )
+        borders = _borders(len(own) for own in bounds)
+        firsts = np.repeat(_borders(map(len, texts))[:-1], np.diff(borders))
+        covered = _byte_of_character(
+            "".join(texts), _joined(bounds).reshape(-1, 2) + firsts[:, None]
+        )
+        ids = [np.asarray(item.ids, dtype=np.int32) for item in items]
+        return Encoded(_joined(ids, np.int32), covered[:, 0], covered[:, 1], borders)
 
     def check(self, texts: Sequence[str]) -> None:
         """Do nothing: this is the reference."""
@@ -130,18 +137,34 @@ class GigatokenEncoder:
         self.name = "gigatoken"
         self.check(_TRAPS)
 
-    def encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        """Yield the tokens of each text, with bounds in bytes."""
-        for text in texts:
-            if self._num_checked < _CHECKED_FIRST:
-                self.check([text])
-            data = text.encode()
-            ids = self._fast.encode(data).astype(np.int32)
-            ends = np.cumsum(self._lengths[ids])
-            if int(ends[-1] if len(ends) else 0) != len(data):
-                yield from self._reference.encode([text])
-                continue
-            yield Encoded(ids, np.concatenate([_ZERO, ends[:-1]]), ends, in_bytes=True)
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the tokens of some texts; special tokens in them become control tokens."""
+        if self._num_checked < _CHECKED_FIRST:
+            self.check(texts[:_CHECKED_FIRST])
+        encoded = [text.encode() for text in texts]
+        found = [self._fast.encode(data) for data in encoded]
+        ids = _joined(found, np.int32)
+        borders = _borders(map(len, found))
+        ends = np.cumsum(self._lengths[ids])
+        wanted = _borders(map(len, encoded))
+        reached = np.concatenate([_ZERO, ends])[borders]
+        if not np.array_equal(reached, wanted):
+            return self._without_changed(texts, np.diff(reached) != np.diff(wanted))
+        return Encoded(ids, np.concatenate([_ZERO, ends[:-1]])[: len(ends)], ends, borders)
+
+    def _without_changed(self, texts: Sequence[str], is_changed: npt.NDArray[np.bool_]) -> Encoded:
+        """Encode texts of which a normalizer changes some, those with the reference."""
+        parts, base = [], 0
+        for text, changed in zip(texts, is_changed.tolist(), strict=True):
+            part = (self._reference if changed else self).encode([text])
+            parts.append(part._replace(starts=part.starts + base, ends=part.ends + base))
+            base += len(text.encode())
+        return Encoded(
+            _joined([part.ids for part in parts], np.int32),
+            _joined([part.starts for part in parts]),
+            _joined([part.ends for part in parts]),
+            _borders(len(part.ids) for part in parts),
+        )
 
     def check(self, texts: Sequence[str]) -> None:
         """Compare the ids of some texts with the reference's.
@@ -187,58 +210,72 @@ def _is_byte_level(tokenizer_json: str) -> bool:
 
 
 class Turns(NamedTuple):
-    """Trained tokens of a sample.
+    """Trained tokens of the spans of several texts, in order.
 
     Attributes:
-        first: int64 [N]. First trained token of each span; never the first one of the sample.
-        last: int64 [N]. Behind the last one.
-        num_border_tokens: Tokens that lie half in a span and are not trained.
+        text: int64 [N]. The text of each span.
+        first: int64 [N]. Its first trained token, in its text; never the first one there.
+        last: int64 [N]. Behind its last trained token.
+        num_border_tokens: int64 [B]. Tokens of each text that lie half in a span; not trained.
     """
 
+    text: npt.NDArray[np.int64]
     first: npt.NDArray[np.int64]
     last: npt.NDArray[np.int64]
-    num_border_tokens: int
+    num_border_tokens: npt.NDArray[np.int64]
 
 
-def trained_tokens(encoded: Encoded, text: str, spans: Sequence[Span]) -> Turns:
+def trained_tokens(
+    encoded: Encoded, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+) -> Turns:
     """Return the tokens that lie wholly in each span.
+
+    Args:
+        encoded: The texts' tokens.
+        texts: Renders.
+        spans: Of each text; ascending.
 
     Example:
         Tokens ``Hi|!|<e>|?`` start at [0, 2, 3, 6]; the span (0, 6, "<e>") holds tokens 1 and 2.
     """
-    starts = np.fromiter((span.start for span in spans), np.int64, len(spans))
-    ends = np.fromiter((span.end for span in spans), np.int64, len(spans))
-    if encoded.in_bytes and not text.isascii():
-        starts, ends = _in_bytes(text, starts, ends)
+    flat = [span for own in spans for span in own]
+    text = np.repeat(np.arange(len(texts)), [len(own) for own in spans])
+    edges = np.asarray([(span.start, span.end) for span in flat], np.int64).reshape(-1, 2)
+    edges += _borders(map(len, texts))[text][:, None]
+    edges = _byte_of_character("".join(texts), edges)
+    starts, ends = edges[:, 0], edges[:, 1]
+    has_stop = np.asarray([span.stop is not None for span in flat], np.bool_)
     first = np.searchsorted(encoded.starts, starts, "left")
-    if all(span.stop is not None for span in spans):
-        # A stop token with `rstrip` swallows the blanks behind it and ends outside the span.
-        last = np.searchsorted(encoded.starts, ends, "left")
-        borders = starts
-    else:
-        stopped = np.fromiter((span.stop is not None for span in spans), np.bool_, len(spans))
-        last = np.where(
-            stopped,
-            np.searchsorted(encoded.starts, ends, "left"),
-            np.searchsorted(encoded.ends, ends, "right"),
-        )
-        borders = np.concatenate([starts, ends[~stopped]])
-    return Turns(np.maximum(first, 1), last, _num_straddling(encoded, borders))
-
-
-def _num_straddling(encoded: Encoded, borders: npt.NDArray[np.int64]) -> int:
+    # A stop token with `rstrip` swallows the blanks behind it and ends outside the span.
+    last = np.searchsorted(encoded.starts, ends, "left")
+    last[~has_stop] = np.searchsorted(encoded.ends, ends[~has_stop], "right")
+    origin = encoded.borders[text]
+    borders = np.concatenate([starts, ends[~has_stop]])
     begun = np.searchsorted(encoded.starts, borders, "left")
     ended = np.searchsorted(encoded.ends, borders, "right")
-    return int(np.maximum(begun - ended, 0).sum())
+    straddling = np.zeros(len(texts), np.int64)
+    np.add.at(straddling, np.concatenate([text, text[~has_stop]]), np.maximum(begun - ended, 0))
+    return Turns(text, np.maximum(first - origin, 1), last - origin, straddling)
 
 
-def _in_bytes(
-    text: str, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    edges = np.stack([starts, ends], axis=1).ravel()  # ascends: spans do
-    at = done = 0
-    out = np.empty(len(edges), np.int64)
-    for number, edge in enumerate(edges.tolist()):
-        done += len(text[at:edge].encode())
-        at, out[number] = edge, done
-    return out[::2], out[1::2]
+def _joined(arrays: Sequence[npt.NDArray[Any]], dtype: Any = np.int64) -> npt.NDArray[Any]:
+    return (
+        np.concatenate(arrays, dtype=dtype, casting="same_kind")
+        if len(arrays)
+        else np.zeros(0, dtype)
+    )
+
+
+def _borders(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
+    # 3, 2 -> [0, 3, 5]
+    return np.asarray([0, *accumulate(lengths)], np.int64)
+
+
+def _byte_of_character(text: str, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return positions in a text as positions in its UTF-8."""
+    if text.isascii():
+        return positions
+    data = np.frombuffer(text.encode(), np.uint8)
+    first_bytes = np.flatnonzero((data & 0xC0) != 0x80)
+    is_end = positions == len(first_bytes)
+    return np.where(is_end, len(data), first_bytes[np.where(is_end, 0, positions)])

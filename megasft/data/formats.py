@@ -135,7 +135,7 @@ def _categorized(messages: tuple[Message, ...], own: Any) -> tuple[Message, ...]
             "bad category", f"`categories` must be a list of {len(messages)} (one a message)"
         )
     return tuple(
-        message if entry is None else replace(message, category=_category(entry))
+        message if entry is None else message._replace(category=_category(entry))
         for message, entry in zip(messages, own, strict=True)
     )
 

@@ -118,7 +118,8 @@ class Renderer:
             UnfaithfulError: The render is not Jinja's, and nothing in the texts explains it.
         """
         shape, leaves = shape_of(conversation)
-        must_hide = self._must_hide(conversation, leaves)
+        words = "\0".join(leaves)
+        must_hide = self._must_hide(conversation, words)
         is_shielded = self._in_fields(conversation) is not None
         if is_shielded:  # a stop token in an argument must not end the turn
             conversation = self._shielded(conversation)
@@ -128,7 +129,7 @@ class Renderer:
         if not isinstance(skeleton, Skeleton) or skeleton.num_leaves != len(leaves):
             return self._without_skeleton(conversation, must_hide, skeleton)
         text, spans = skeleton.join(leaves)
-        is_looked_into = self._template.looks_for.meet(leaves)
+        is_looked_into = self._template.looks_for.meet(leaves, words)
         is_first = is_new and self._num_checked < _CHECKED_SHAPES
         if is_looked_into or is_first or check or self._options.check_all:
             self._num_checked += is_first
@@ -168,10 +169,10 @@ class Renderer:
                 raise error from None
             raise
 
-    def _must_hide(self, conversation: Conversation, leaves: list[str]) -> bool:
+    def _must_hide(self, conversation: Conversation, words: str) -> bool:
         if self._specials is None or self._specials.policy == "keep":
             return False
-        found = self._specials.find(leaves) or self._in_fields(conversation)
+        found = self._specials.find(words) or self._in_fields(conversation)
         if found is not None and self._specials.policy == "reject":
             raise self._specials.refuse(
                 found, "(--special-tokens-in-text escape makes plain text of it, keep allows it)"
@@ -181,13 +182,13 @@ class Renderer:
     def _in_fields(self, conversation: Conversation) -> str | None:
         has_fields = conversation.tools or any(m.extra for m in conversation.messages)
         if has_fields and self._specials is not None:
-            return self._specials.find(list(extra_texts(conversation)))
+            return self._specials.find("\0".join(extra_texts(conversation)))
         return None
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         assert self._specials is not None
         shield = self._specials.shield
-        messages = tuple(replace(m, extra=_but_leaves(m, shield)) for m in conversation.messages)
+        messages = tuple(m._replace(extra=_but_leaves(m, shield)) for m in conversation.messages)
         return replace(conversation, messages=messages, tools=shield(conversation.tools))
 
     def _hide(self, shape: Shape, skeleton: Skeleton, must_hide: bool) -> Skeleton:

@@ -53,12 +53,13 @@ def shape_of(conversation: Conversation) -> tuple[Shape, list[str]]:
     leaves: list[str] = []
     shape: list[object] = []
     for message in conversation.messages:
-        content = message.content
-        if not message.extra and content and (message.role != "assistant" or "<" not in content):
+        role, content, trained, extra, _ = message
+        # Most messages: no blanks, no thinking, nothing but a text.
+        if content and not extra and (role != "assistant" or "</think>" not in content):
             body = content.strip()
-            if len(body) == len(content):  # most messages: no blanks, no thinking, nothing else
+            if len(body) == len(content):
                 leaves.append(body)
-                shape.append(_BARE[message.role, message.trained])
+                shape.append(_BARE[role, trained])
                 continue
         shape.append(_message_shape(message, leaves))
     if conversation.tools:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from megasft.data.conversation import BadRecordError
@@ -52,13 +52,13 @@ class SpecialTokens:
         self._shielded = {shield: token for token, shield in self._shields.items()}
         self._shield_pattern = re.compile("|".join(self._shielded) or "(?!)")
 
-    def find(self, texts: Sequence[str]) -> str | None:
-        """Return a special token that stands in these texts."""
-        joined = "\0".join(texts)
-        if not any(beginning in joined for beginning in self._beginnings):
-            return None  # some 20 times faster than the pattern
-        found = self._pattern.search(joined)
-        return found[0] if found else None
+    def find(self, text: str) -> str | None:
+        """Return a special token that stands in a text."""
+        for beginning in self._beginnings:  # some 20 times faster than the pattern
+            if beginning in text:
+                found = self._pattern.search(text)
+                return found[0] if found else None
+        return None
 
     def hide(self, text: str) -> str:
         """Return a text of the template with its special tokens under their private names."""

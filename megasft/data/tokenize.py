@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
 from megasft.data.conversation import BadRecordError, Category, Conversation
-from megasft.data.encode import Encoded, HuggingFaceEncoder, make_encoder, trained_tokens
+from megasft.data.encode import Encoder, HuggingFaceEncoder, make_encoder, trained_tokens
 from megasft.data.formats import FieldMap, parse
 from megasft.data.render import Rendered, Renderer, RenderOptions
 from megasft.data.specials import SpecialTokens
 from megasft.data.tokenizer_folder import TokenizerFacts, open_folder
 from megasft.data.too_long import Limit, shorten
 from megasft.data.turn_bounds import Span
-from megasft.schema import NO_CATEGORY, Sample
+from megasft.schema import NO_CATEGORY, TURN_FIELDS, Sample
 
-CHECK_EVERY: Final = 256
+CHECK_EVERY: Final = 512
 """Of so many records one is rendered and encoded by the references, too, and compared."""
 _AUTO: Final = FieldMap()
 
@@ -115,7 +116,7 @@ class Tokenizer:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._folder = open_folder(recipe.tokenizer, chat_template=recipe.chat_template)
-        self._specials = SpecialTokens(self._folder.special_tokens, recipe.special_tokens_in_text)
+        self._specials = SpecialTokens(self._folder.control_tokens(), recipe.special_tokens_in_text)
         self._stops = self._folder.stops
         self._renderers: dict[str, Renderer] = {}
         backend = self._folder.hf.backend_tokenizer
@@ -144,11 +145,9 @@ class Tokenizer:
             except BadRecordError as error:
                 ready.append(Rejected(line, error.reason, error.detail))
         good = [item for item in ready if isinstance(item, _Ready)]
-        encoded = self._encode(good)
-        return [
-            item if isinstance(item, Rejected) else self._finish(item, encoded[item.line])
-            for item in ready
-        ]
+        made = self._encode([item for item in good if not item.rendered.is_hidden])
+        made |= self._encode_hidden([item for item in good if item.rendered.is_hidden])
+        return [item if isinstance(item, Rejected) else made[item.line] for item in ready]
 
     def render(self, conversation: Conversation, *, check: bool = False) -> Rendered:
         """Render a conversation and find its trained turns.
@@ -171,55 +170,73 @@ class Tokenizer:
             return rendered._replace(spans=(Span(0, len(rendered.text), None, 0),))
         return rendered
 
-    def _encode(self, good: list[_Ready]) -> dict[int, Encoded]:
-        plain = [item for item in good if not item.rendered.is_hidden]
-        hidden = [item for item in good if item.rendered.is_hidden]
-        encoder = self._encoder
-        checked = [item.rendered.text for item in plain if item.line % CHECK_EVERY == 1]
-        encoder.check(checked)
-        encoded = zip(plain, encoder.encode([item.rendered.text for item in plain]), strict=True)
-        found = {item.line: tokens for item, tokens in encoded}
-        if hidden:
-            if self._hidden is None:
-                renamed = Backend.from_str(self._specials.rename(self._source))
-                self._hidden = HuggingFaceEncoder(renamed, str(self._recipe.tokenizer))
-            texts = [item.rendered.text for item in hidden]
-            encoded = zip(hidden, self._hidden.encode(texts), strict=True)
-            found |= {item.line: tokens for item, tokens in encoded}
-        return found
+    def _encode(self, items: list[_Ready]) -> dict[int, Outcome]:
+        checked = [item.rendered.text for item in items if item.line % CHECK_EVERY == 1]
+        self._encoder.check(checked)
+        return self._finish(items, self._encoder)
 
-    def _finish(self, item: _Ready, encoded: Encoded) -> Outcome:
-        line, conversation, rendered = item
-        spans = rendered.spans
-        first, last, num_border_tokens = trained_tokens(encoded, rendered.text, spans)
-        empty = np.flatnonzero(first >= last)
-        if len(empty) or not spans:
-            number = spans[int(empty[0])].message if len(empty) else 0
-            return Rejected(line, "turn without tokens", f"message {number} has no token to train")
-        stop_ids = []
-        for span, behind in zip(spans, last.tolist(), strict=True):
-            if span.stop is None:
-                continue
-            stop_ids.append(int(encoded.ids[behind - 1]))
-            if stop_ids[-1] != self._stop_ids[span.stop]:
+    def _encode_hidden(self, items: list[_Ready]) -> dict[int, Outcome]:
+        if items and self._hidden is None:
+            renamed = Backend.from_str(self._specials.rename(self._source))
+            self._hidden = HuggingFaceEncoder(renamed, str(self._recipe.tokenizer))
+        return self._finish(items, self._hidden) if self._hidden else {}
+
+    def _finish(self, items: list[_Ready], encoder: Encoder) -> dict[int, Outcome]:
+        """Make the samples of some renders; all their spans are looked up at once."""
+        if not items:
+            return {}
+        texts = [item.rendered.text for item in items]
+        encoded = encoder.encode(texts)
+        turns = trained_tokens(encoded, texts, [item.rendered.spans for item in items])
+        ends = np.searchsorted(turns.text, np.arange(len(items) + 1)).tolist()
+        stop_ids = encoded.ids[encoded.borders[turns.text] + turns.last - 1].tolist()
+        records = np.zeros((len(turns.text), len(TURN_FIELDS)), np.int32)
+        records[:, 0], records[:, 1] = turns.first, turns.last - turns.first
+        records[:, 2] = NO_CATEGORY
+        borders = encoded.borders.tolist()
+        made: dict[int, Outcome] = {}
+        for number, item in enumerate(items):
+            spans = slice(ends[number], ends[number + 1])
+            own = records[spans]
+            made[item.line] = self._judge(item, own, stop_ids[spans]) or self._sample(
+                item,
+                Sample(encoded.ids[borders[number] : borders[number + 1]], own),
+                stop_ids[spans],
+                int(turns.num_border_tokens[number]),
+            )
+        return made
+
+    def _judge(
+        self, item: _Ready, turns: npt.NDArray[np.int32], stop_ids: list[int]
+    ) -> Rejected | None:
+        spans = item.rendered.spans
+        if not spans or turns[:, 1].min() < 1:
+            number = spans[int(turns[:, 1].argmin())].message if spans else 0
+            detail = f"message {number} has no token to train"
+            return Rejected(item.line, "turn without tokens", detail)
+        for span, stop_id in zip(spans, stop_ids, strict=True):
+            if span.stop is not None and stop_id != self._stop_ids[span.stop]:
                 return Rejected(
-                    line,
+                    item.line,
                     "the template changed the message",
                     f"message {span.message} should end in the token {span.stop!r}",
                 )
-        turns = np.zeros((len(spans), 4), dtype=np.int32)
-        turns[:, 0], turns[:, 1] = first, last - first
-        turns[:, 2], turns[:, 3] = NO_CATEGORY, [span.message for span in spans]
-        own = [conversation.messages[span.message].category for span in spans]
+        return None
+
+    def _sample(
+        self, item: _Ready, sample: Sample, stop_ids: list[int], num_border_tokens: int
+    ) -> Outcome:
+        messages, spans = item.conversation.messages, item.rendered.spans
+        sample.turns[:, 3] = [span.message for span in spans]
         made = Made(
-            line,
-            Sample(encoded.ids, turns),
-            tuple(category or conversation.category for category in own),
-            tuple(stop_ids),
+            item.line,
+            sample,
+            tuple(messages[span.message].category or item.conversation.category for span in spans),
+            tuple(i for i, span in zip(stop_ids, spans, strict=True) if span.stop is not None),
             num_border_tokens,
-            rendered.stripped,
+            item.rendered.stripped,
         )
-        return self._fit(made) if self._recipe.limit.exceeded_by(made.sample) else made
+        return self._fit(made) if self._recipe.limit.exceeded_by(sample) else made
 
     def _fit(self, made: Made) -> Outcome:
         limit, size = self._recipe.limit, len(made.sample.tokens)

@@ -8,15 +8,18 @@ models, named templates, classes with habits of their own). Importing torch alon
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megasft.data.chat_template import TEMPLATE_DATE
+from megasft.data.chat_template import TEMPLATE_DATE, ChatTemplate
+from megasft.data.conversation import BadRecordError
 from megasft.data.specials import special_texts
 from megasft.errors import DataError
 
 TOKENIZER_FILE: Final = "tokenizer.json"
+_THINKING: Final = {"<think>", "</think>"}  # an author who writes them means them
 _TEXT_MODELS: Final = ("tokenizer.model", "spiece.model")
 
 
@@ -60,6 +63,19 @@ class TokenizerFolder:
     def special_tokens(self) -> set[str]:
         """Every special token, as text."""
         return special_texts(self.hf.added_tokens_decoder.values(), self.hf.special_tokens_map)
+
+    def control_tokens(self) -> set[str]:
+        """Return the special tokens, and others the template writes around plain messages.
+
+        DeepSeek's ``<｜User｜>`` is an added token like any other, and yet it begins a turn.
+        """
+        messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        template = ChatTemplate(self.template(has_tools=False), self.hf.special_tokens_map)
+        written = ""
+        with suppress(BadRecordError):
+            written = template.run(messages, None)
+        added = {str(token) for token in self.hf.added_tokens_decoder.values()}
+        return self.special_tokens | {t for t in added - _THINKING if t in written}
 
     @property
     def stops(self) -> set[str]:

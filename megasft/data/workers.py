@@ -11,6 +11,7 @@ however it dies, its workers read end-of-file and leave. Cost: this small protoc
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pickle
 import signal
@@ -21,8 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Final, Protocol, Self
+from typing import IO, Any, Final, NoReturn, Protocol, Self
 
 import megasft
 from megasft.data.read import Chunk
@@ -33,6 +33,8 @@ from megasft.errors import DataError
 Outcomes = list[Outcome]
 Records = list[tuple[int, bytes]]
 Answer = Outcomes | TokenizerFacts | DataError
+_PIPE_BYTES: Final = 2**20
+"""A pipe that holds a chunk or its answer, so that neither end waits for the other."""
 CHUNKS_AHEAD: Final = 2
 """Chunks in flight for each worker; more would only hold memory."""
 
@@ -75,17 +77,50 @@ class ThisProcess:
         pass
 
 
+class _Worker:
+    """One process, and the questions it has not answered yet; answers come in their order."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process, self.num_waiting = process, 0
+        self._asking, self._answered = threading.Lock(), threading.Condition()
+        self._num_asked = self._num_answered = 0
+
+    def ask(self, records: Records | None) -> Answer:
+        """Send a question, while others may wait for their answers, and return its own."""
+        asked, answers = self.process.stdin, self.process.stdout
+        assert asked is not None
+        assert answers is not None
+        with self._asking:
+            number = self._num_asked
+            self._num_asked += 1
+            _send(records, asked)
+        with self._answered:
+            self._answered.wait_for(lambda: self._num_answered == number)
+            try:
+                answer: Answer = _receive(answers)
+            finally:
+                self._num_answered += 1
+                self._answered.notify_all()
+        return answer
+
+
 class Workers:
-    """A fixed number of processes; a context manager, so that none outlives the build."""
+    """A fixed number of processes; a context manager, so that none outlives the build.
+
+    Each has its next chunk in the pipe before it has answered the one before, so that it never
+    waits for this process.
+    """
 
     def __init__(self, recipe: Recipe, *, num_workers: int) -> None:
         self._recipe, self._num_workers = recipe, num_workers
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        self._starting = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._choosing = threading.Lock()
 
     def facts(self) -> TokenizerFacts:
-        """Return what the store keeps of the tokenizer; starts the first worker."""
+        """Return what the store keeps of the tokenizer; starts all workers."""
+        with self._choosing:  # now, so that none is still loading when its first chunk is awaited
+            missing = self._num_workers - len(self._workers)
+            self._workers += [_Worker(self._start()) for _ in range(missing)]
         answer = self._ask(None)
         assert isinstance(answer, TokenizerFacts)
         return answer
@@ -93,7 +128,7 @@ class Workers:
     def map(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Outcomes]]:
         """Yield each chunk with its outcomes, in the order of the chunks."""
         waiting: deque[tuple[Chunk, Future[Outcomes]]] = deque()
-        with ThreadPoolExecutor(self._num_workers) as threads:
+        with ThreadPoolExecutor(CHUNKS_AHEAD * self._num_workers) as threads:
             try:
                 for chunk in chunks:
                     waiting.append((chunk, threads.submit(self._make, chunk)))
@@ -106,6 +141,8 @@ class Workers:
             finally:
                 for _, future in waiting:
                     future.cancel()
+                if waiting:  # the threads of a build that ends early wait for answers
+                    self._kill()
 
     def _make(self, chunk: Chunk) -> Outcomes:
         answer = self._ask(chunk.records)
@@ -113,30 +150,29 @@ class Workers:
         return answer
 
     def _ask(self, records: Records | None) -> Answer:
-        process = self._take()
-        assert process.stdin is not None
-        assert process.stdout is not None
+        worker = self._choose()
         try:
-            pickle.dump(records, process.stdin, pickle.HIGHEST_PROTOCOL)
-            process.stdin.flush()
-            answer: Answer = pickle.load(process.stdout)
+            answer = worker.ask(records)
         except (EOFError, OSError, pickle.UnpicklingError):
             raise DataError(
-                f"a worker process died with code {process.wait()} (negative: killed by that "
-                "signal, -9 often means out of memory); try fewer --workers"
+                f"a worker process died with code {worker.process.wait()} (negative: killed by "
+                "that signal, -9 often means out of memory); try fewer --workers"
             ) from None
-        self._idle.put(process)
+        finally:
+            with self._choosing:
+                worker.num_waiting -= 1
         if isinstance(answer, DataError):
             raise answer
         return answer
 
-    def _take(self) -> subprocess.Popen[bytes]:
-        with self._starting:  # there are no more threads than workers: one is idle, or may start
-            try:
-                return self._idle.get_nowait()
-            except Empty:
-                self._processes.append(self._start())
-                return self._processes[-1]
+    def _choose(self) -> _Worker:
+        with self._choosing:
+            free = min(self._workers, key=lambda worker: worker.num_waiting, default=None)
+            if free is None or (free.num_waiting and len(self._workers) < self._num_workers):
+                free = _Worker(self._start())
+                self._workers.append(free)
+            free.num_waiting += 1
+            return free
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [str(Path(megasft.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -152,20 +188,46 @@ class Workers:
             env=environment,
         )
         assert process.stdin is not None
-        pickle.dump(self._recipe, process.stdin)
+        assert process.stdout is not None
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError, AttributeError):  # Linux alone can, up to a limit
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        _send(self._recipe, process.stdin)
         return process
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
+        self._kill()
+        for worker in self._workers:
+            worker.process.wait()
+            for pipe in (worker.process.stdin, worker.process.stdout):
                 assert pipe is not None
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+def _send(message: object, pipe: IO[bytes]) -> None:
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    pipe.write(len(data).to_bytes(8, "little"))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> Any:
+    """Read one message, in as few system calls as can be: behind each, a thread queues up anew."""
+    head = pipe.read(8)
+    data = pipe.read(int.from_bytes(head, "little")) if len(head) == 8 else b""
+    return pickle.loads(data) if data else _end()
+
+
+def _end() -> NoReturn:
+    raise EOFError
 
 
 def serve() -> None:
@@ -178,20 +240,29 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the pickles
     sys.modules["torch"] = None  # type: ignore[assignment]  # 500 MB that transformers can spare
-    tokenizer: Tokenizer | None = None
-    recipe: Recipe = pickle.load(asked)
+    tokenizer = _load(_receive(asked))  # at once: the others are loading, too
     while True:
         try:
-            records: Records | None = pickle.load(asked)
+            records: Records | None = _receive(asked)
         except EOFError:
             return
-        try:
-            tokenizer = tokenizer or Tokenizer(recipe)
-            answer: Answer = tokenizer.facts() if records is None else tokenizer.make(records)
-        except DataError as error:
-            answer = error
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        _send(_answer(tokenizer, records), answers)
+
+
+def _load(recipe: Recipe) -> Tokenizer | DataError:
+    try:
+        return Tokenizer(recipe)
+    except DataError as error:
+        return error
+
+
+def _answer(tokenizer: Tokenizer | DataError, records: Records | None) -> Answer:
+    if isinstance(tokenizer, DataError):
+        return tokenizer
+    try:
+        return tokenizer.facts() if records is None else tokenizer.make(records)
+    except DataError as error:
+        return error
 
 
 if __name__ == "__main__":

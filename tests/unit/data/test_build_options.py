@@ -126,15 +126,15 @@ def test_a_template_no_shape_can_tell_makes_the_build_begin_again(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
 ) -> None:
     folder = make_tokenizer(tmp_path / "by_length", chat_template=DECIDES_BY_LENGTH)
-    records = [turns_of("Hello") for _ in range(300)]
-    records[256]["messages"][0]["content"] = "A question of sixty and more characters " * 2
+    records = [turns_of("Hello") for _ in range(520)]
+    records[512]["messages"][0]["content"] = "A question of sixty and more characters " * 2
     with caplog.at_level(logging.WARNING):
         _, store = make(*records, tokenizer=folder, num_workers=num_workers)
     assert "the build begins again and compares every render" in caplog.text
     checked = RenderOptions(check_all=True)
     _, wanted = make(*records, tokenizer=folder, rendering=checked)
     assert store.fingerprint == wanted.fingerprint
-    assert len(store.sample(256).tokens) != len(store.sample(255).tokens)
+    assert len(store.sample(512).tokens) != len(store.sample(511).tokens)
 
 
 def test_a_wrong_gigatoken_makes_the_build_begin_again_without_it(

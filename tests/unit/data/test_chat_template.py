@@ -38,8 +38,8 @@ def test_texts_are_noticed_where_the_template_would_see_them(
     texts: list[str], is_noticed: bool
 ) -> None:
     looks = LookedFor(frozenset({"</think>"}), frozenset({"user"}), frozenset("#"))
-    assert looks.meet(texts) is is_noticed
+    assert looks.meet(texts, "\0".join(texts)) is is_noticed
 
 
 def test_two_texts_do_not_make_one_between_them() -> None:
-    assert not LookedFor(frozenset({"ab"}), frozenset(), frozenset()).meet(["a", "b"])
+    assert not LookedFor(frozenset({"ab"}), frozenset(), frozenset()).meet(["a", "b"], "a\0b")

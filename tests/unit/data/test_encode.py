@@ -1,10 +1,14 @@
 """gigatoken beside the tokenizers library, and what a build does when the two differ."""
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import gigatoken
 import numpy as np
+import orjson
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -26,46 +30,68 @@ from tests.tiny_tokenizer import make_tokenizer
 TEXT = st.text(max_size=40) | st.text(st.sampled_from("ab \n你😀é<|im_end|>"), max_size=40)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return (folder / "tokenizer.json").read_text()
+@cache
+def source() -> str:
+    with TemporaryDirectory() as folder:
+        return (make_tokenizer(Path(folder)) / "tokenizer.json").read_text()
 
 
-def encoders(source: str) -> tuple[GigatokenEncoder, HuggingFaceEncoder]:
-    reference = HuggingFaceEncoder(Backend.from_str(source), "here")
-    fast = make_encoder(source, reference, "auto")
+@cache
+def encoders(normalizer: str = "") -> tuple[GigatokenEncoder, HuggingFaceEncoder]:
+    tokenizer = json.loads(source()) | ({"normalizer": {"type": normalizer}} if normalizer else {})
+    reference = HuggingFaceEncoder(Backend.from_str(json.dumps(tokenizer)), "here")
+    fast = make_encoder(json.dumps(tokenizer), reference, "auto")
     assert isinstance(fast, GigatokenEncoder)
     return fast, reference
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=TEXT, data=st.data())
-def test_ids_and_trained_tokens_are_those_of_the_tokenizers_library(
-    source: str, text: str, data: st.DataObject
-) -> None:
-    fast, reference = encoders(source)
-    (got,), (want,) = fast.encode([text]), reference.encode([text])
-    assert got.ids.tolist() == want.ids.tolist()
+def spans_of(text: str, data: st.DataObject) -> list[Span]:
     edges = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=4, max_size=4)))
-    spans = [Span(edges[0], edges[1], None, 0), Span(edges[2], edges[3], "<|im_end|>", 1)]
-    for chosen in (spans, spans[1:]):
-        left, right = trained_tokens(got, text, chosen), trained_tokens(want, text, chosen)
-        # Tokens that are a part of a character: the library gives each the whole character.
-        is_split = bool((np.diff(want.starts) == 0).any())
-        if not is_split:
-            assert [x.tolist() for x in left[:2]] == [x.tolist() for x in right[:2]]
-            assert left.num_border_tokens == right.num_border_tokens
+    both = [Span(edges[0], edges[1], None, 0), Span(edges[2], edges[3], "<|im_end|>", 1)]
+    return both[data.draw(st.integers(0, 2)) :]
 
 
-def test_a_text_that_a_normalizer_changes_is_left_to_the_library(source: str) -> None:
-    with_nfc = json.dumps(json.loads(source) | {"normalizer": {"type": "NFC"}})
-    fast, reference = encoders(with_nfc)
-    text = "e\u0301 <|im_end|>"
-    (got,), (want,) = fast.encode([text]), reference.encode([text])
-    assert not got.in_bytes
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(TEXT, max_size=4), data=st.data())
+def test_ids_and_trained_tokens_are_those_of_the_tokenizers_library(
+    texts: list[str], data: st.DataObject
+) -> None:
+    fast, reference = encoders()
+    got, want = fast.encode(texts), reference.encode(texts)
     assert got.ids.tolist() == want.ids.tolist()
-    assert next(iter(fast.encode(["plain"]))).in_bytes
+    assert got.borders.tolist() == want.borders.tolist()
+    assert got.borders[-1] == len(got.ids)
+    spans = [spans_of(text, data) for text in texts]
+    left, right = (trained_tokens(encoded, texts, spans) for encoded in (got, want))
+    assert left.text.tolist() == [i for i, own in enumerate(spans) for _ in own]
+    # Of tokens that are parts of a character, the library gives each the whole character.
+    if not (np.diff(want.starts) == 0).any():
+        for ours, theirs in zip(left, right, strict=True):
+            assert ours.tolist() == theirs.tolist()
+
+
+def test_each_text_of_several_is_looked_up_as_if_it_were_alone() -> None:
+    texts = ["你好 <|im_end|>", "", "e\u0301te", "Hello world"]
+    spans = [[Span(0, 2, None, 0)], [], [Span(1, 4, None, 2), Span(4, 4, None, 3)], []]
+    for normalizer in ("", "NFC"):
+        for encoder in encoders(normalizer):
+            whole = trained_tokens(encoder.encode(texts), texts, spans)
+            alone = [
+                trained_tokens(encoder.encode([t]), [t], [s])
+                for t, s in zip(texts, spans, strict=True)
+            ]
+            assert whole.first.tolist() == [i for part in alone for i in part.first.tolist()]
+            assert whole.last.tolist() == [i for part in alone for i in part.last.tolist()]
+            borders = [n for part in alone for n in part.num_border_tokens.tolist()]
+            assert whole.num_border_tokens.tolist() == borders
+
+
+def test_a_text_that_a_normalizer_changes_is_left_to_the_library() -> None:
+    fast, reference = encoders("NFC")
+    texts = ["plain", "e\u0301 <|im_end|>", "plain, too"]
+    got, want = fast.encode(texts), reference.encode(texts)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.tolist() == theirs.tolist()
 
 
 class Wrong:
@@ -79,18 +105,16 @@ class Wrong:
         return ids[::-1] if b"zebra" in data else ids
 
 
-def test_one_differing_id_is_found(source: str) -> None:
-    import gigatoken
-
-    reference = HuggingFaceEncoder(Backend.from_str(source), "here")
-    wrong = GigatokenEncoder(Wrong(gigatoken.Tokenizer.from_json(source)), reference)
+def test_one_differing_id_is_found() -> None:
+    reference = encoders()[1]
+    wrong = GigatokenEncoder(Wrong(gigatoken.Tokenizer.from_json(source())), reference)
     with pytest.raises(UnfaithfulError, match="zebra"):
-        list(wrong.encode(["Hello", "a zebra"]))
+        wrong.encode(["Hello", "a zebra"])
 
 
-def test_other_tokenizers_are_left_to_the_library(source: str) -> None:
-    reference = HuggingFaceEncoder(Backend.from_str(source), "here")
-    assert make_encoder(source, reference, "tokenizers") is reference
+def test_other_tokenizers_are_left_to_the_library() -> None:
+    reference = encoders()[1]
+    assert make_encoder(source(), reference, "tokenizers") is reference
     assert make_encoder('{"model": {"type": "Unigram"}}', reference, "auto") is reference
     assert make_encoder('{"model": {"type": "BPE"}} "ByteLevel"', reference, "auto") is reference
 
@@ -136,8 +160,6 @@ def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("policy", ["escape", "keep"])
 def test_sentencepiece_models_train_whole_answers(sentencepiece_dir: Path, policy: str) -> None:
-    import orjson
-
     recipe = Recipe(sentencepiece_dir, special_tokens_in_text=policy)
     (made,) = Tokenizer(recipe).make([(1, orjson.dumps(CHAT))])
     assert isinstance(made, Made)

@@ -42,7 +42,7 @@ def test_what_is_shielded_comes_back() -> None:
     specials = SpecialTokens(SPECIALS, "escape")
     fields = {"a": ["x <s>", {"<|im_end|>": 1}], "b": ("<|im_start|>", None)}
     shielded = orjson.dumps(specials.shield(fields)).decode()
-    assert specials.find([shielded]) is None
+    assert specials.find(shielded) is None
     assert specials.reveal(specials.hide(shielded)) == orjson.dumps(fields).decode()
 
 
@@ -103,3 +103,25 @@ def test_a_stop_token_in_an_argument_does_not_end_the_turn(tmp_path: Path) -> No
         trained = made.sample.tokens[start : start + num_tokens]
         assert trained.tolist().count(IM_END) == num_stops
         assert hf.decode(trained).endswith('"<|im_end|>!"}}}]<|im_end|>')
+
+
+def test_a_role_token_that_is_not_called_special_is_escaped_too(tmp_path: Path) -> None:
+    roles = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    folder = make_tokenizer(tmp_path, chat_template=roles)
+    file = folder / "tokenizer.json"
+    spec = orjson.loads(file.read_bytes())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"] += [
+        {"id": 512 + i, "content": token, "special": False, **added}
+        for i, token in enumerate(("<|user|>", "<|assistant|>", "<tool_call>"))
+    ]
+    file.write_bytes(orjson.dumps(spec))
+    made = make(folder, record("a <|user|> b", "<tool_call>"), "escape")
+    assert isinstance(made, Made)
+    ids = made.sample.tokens.tolist()
+    assert [ids.count(number) for number in (512, 513, 514)] == [1, 1, 1]
+    kept = make(folder, record("a <|user|> b", "<tool_call>"), "keep")
+    assert isinstance(kept, Made)
+    assert kept.sample.tokens.tolist().count(512) == 2

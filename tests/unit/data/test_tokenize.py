@@ -126,7 +126,7 @@ def test_an_answer_at_the_very_start_gives_up_its_first_token(tmp_path: Path) ->
 def test_a_token_belongs_to_a_span_only_as_a_whole() -> None:
     #                    A  B  C    D     tokens at [0,2) [2,4) [4,9) [9,12)
     starts, ends = np.array([0, 2, 4, 9]), np.array([2, 4, 9, 12])
-    encoded = Encoded(np.arange(4, dtype=np.int32), starts, ends)
+    encoded = Encoded(np.arange(4, dtype=np.int32), starts, ends, np.array([0, 4]))
     for span, wanted in (
         (Span(2, 9, None, 0), (1, 3, 0)),
         (Span(3, 9, None, 0), (2, 3, 1)),
@@ -134,8 +134,8 @@ def test_a_token_belongs_to_a_span_only_as_a_whole() -> None:
         (Span(2, 8, "<e>", 0), (1, 3, 0)),  # rstrip swallowed a blank
         (Span(0, 4, None, 0), (1, 2, 0)),
     ):
-        first, last, num_border_tokens = trained_tokens(encoded, "x" * 12, [span])
-        assert (int(first[0]), int(last[0]), num_border_tokens) == wanted
+        _, first, last, num_border_tokens = trained_tokens(encoded, ["x" * 12], [[span]])
+        assert (*first.tolist(), *last.tolist(), *num_border_tokens.tolist()) == wanted
 
 
 @pytest.mark.parametrize("missing", ["folder", "files", "template"])
