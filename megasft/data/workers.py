@@ -33,6 +33,9 @@ from megasft.errors import DataError
 Outcomes = list[Outcome]
 Records = list[tuple[int, bytes]]
 Answer = Outcomes | TokenizerFacts | DataError
+RETIRED_AFTER: Final = 2**30
+"""Bytes after which a worker is replaced: gigatoken remembers every word it has met, some hundred
+bytes each, and does not forget."""
 _PIPE_BYTES: Final = 2**20
 """A pipe that holds a chunk or its answer, so that neither end waits for the other."""
 CHUNKS_AHEAD: Final = 2
@@ -81,7 +84,7 @@ class _Worker:
     """One process, and the questions it has not answered yet; answers come in their order."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process, self.num_waiting = process, 0
+        self.process, self.num_waiting, self.num_bytes = process, 0, 0
         self._asking, self._answered = threading.Lock(), threading.Condition()
         self._num_asked = self._num_answered = 0
 
@@ -114,13 +117,11 @@ class Workers:
     def __init__(self, recipe: Recipe, *, num_workers: int) -> None:
         self._recipe, self._num_workers = recipe, num_workers
         self._workers: list[_Worker] = []
+        self._retired: list[_Worker] = []
         self._choosing = threading.Lock()
 
     def facts(self) -> TokenizerFacts:
         """Return what the store keeps of the tokenizer; starts all workers."""
-        with self._choosing:  # now, so that none is still loading when its first chunk is awaited
-            missing = self._num_workers - len(self._workers)
-            self._workers += [_Worker(self._start()) for _ in range(missing)]
         answer = self._ask(None)
         assert isinstance(answer, TokenizerFacts)
         return answer
@@ -150,7 +151,7 @@ class Workers:
         return answer
 
     def _ask(self, records: Records | None) -> Answer:
-        worker = self._choose()
+        worker = self._choose(sum(len(data) for _, data in records or ()))
         try:
             answer = worker.ask(records)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -161,17 +162,24 @@ class Workers:
         finally:
             with self._choosing:
                 worker.num_waiting -= 1
+                if worker in self._retired and not worker.num_waiting:
+                    worker.process.kill()
         if isinstance(answer, DataError):
             raise answer
         return answer
 
-    def _choose(self) -> _Worker:
+    def _choose(self, num_bytes: int) -> _Worker:
         with self._choosing:
-            free = min(self._workers, key=lambda worker: worker.num_waiting, default=None)
-            if free is None or (free.num_waiting and len(self._workers) < self._num_workers):
+            while len(self._workers) < self._num_workers:  # all at once: none shall be awaited
+                self._workers.append(_Worker(self._start()))
+            free = min(self._workers, key=lambda worker: worker.num_waiting)
+            if free.num_bytes > RETIRED_AFTER:
+                self._workers.remove(free)
+                self._retired.append(free)
                 free = _Worker(self._start())
                 self._workers.append(free)
             free.num_waiting += 1
+            free.num_bytes += num_bytes
             return free
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -196,7 +204,7 @@ class Workers:
         return process
 
     def _kill(self) -> None:
-        for worker in self._workers:
+        for worker in (*self._workers, *self._retired):
             worker.process.kill()
 
     def __enter__(self) -> Self:
@@ -204,7 +212,7 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         self._kill()
-        for worker in self._workers:
+        for worker in (*self._workers, *self._retired):
             worker.process.wait()
             for pipe in (worker.process.stdin, worker.process.stdout):
                 assert pipe is not None

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 
-from megasft.data import read
+from megasft.data import read, workers
 from megasft.data.build import BuildOptions, Tally, build
 from megasft.data.formats import FieldMap
 from megasft.data.tokenize import Recipe
@@ -157,6 +157,25 @@ def test_the_bytes_of_a_store_do_not_depend_on_the_number_of_workers(
     assert complaints[0] == complaints[1]
     assert len(complaints[0]) == 6
     assert path.stat().st_size > 3 * 2000 * 3  # several chunks for each worker
+
+
+@pytest.mark.slow
+def test_workers_are_replaced_after_their_share_of_bytes(
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    write_jsonl: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(read, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(workers, "RETIRED_AFTER", 8000)
+    started = []
+    start = workers.Workers._start
+    monkeypatch.setattr(workers.Workers, "_start", lambda self: started.append(1) or start(self))
+    path = write_jsonl(*(chat(f"{i}?", "a" * (i % 13)) for i in range(300)))
+    run(path, output=tmp_path / "store", tokenizer=tokenizer_dir, num_workers=2)
+    run(path, output=tmp_path / "one", tokenizer=tokenizer_dir)
+    assert len(started) > 2
+    assert store_bytes(tmp_path / "store") == store_bytes(tmp_path / "one")
 
 
 @pytest.mark.slow
