@@ -98,13 +98,15 @@ def page(store: TokenStore, tokenizer: Any) -> str:
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.2f} %"
     source = resources.files("megasft.data").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    counts = store.meta["counts"]
+    left_out = dict(store.meta["counts"]["rejected"])
+    if dropped := store.meta["counts"].get("dropped"):
+        left_out["too long (--too-long)"] = dropped
     return environment.from_string(source).render(
         path=str(store.path),
         facts=[(n, v) for n, v in facts(store) if n != "rejected"],
         tiles=_tiles(store),
-        rejected=counts["rejected"],
-        num_rejected=sum(counts["rejected"].values()),
+        rejected=left_out,
+        num_rejected=sum(left_out.values()),
         histograms=[
             ("Samples, by length in tokens", _bars(length_histogram(store.tokens.lengths))),
             ("Turns, by trained tokens", _bars(length_histogram(turn_lengths(store)))),

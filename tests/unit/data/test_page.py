@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from megasft.data.build import BuildOptions, build
 from megasft.data.page import page
 from megasft.data.tokenize import Recipe
+from megasft.data.too_long import Limit
 from megasft.schema import Sample
 from megasft.store import StoreWriter, TokenStore, open_store
 
@@ -41,9 +42,9 @@ def chat(*turns: tuple[str, str], category: str | None = None) -> dict[str, Any]
 
 @pytest.fixture
 def built(tmp_path: Path, tokenizer_dir: Path, write_jsonl: Callable[..., Path]) -> Build:
-    def make(*records: Any, name: str = "store") -> TokenStore:
+    def make(*records: Any, name: str = "store", max_tokens: int = 0) -> TokenStore:
         path = write_jsonl(*records, name=f"{name}.jsonl")
-        recipe = Recipe(tokenizer_dir, special_tokens_in_text="keep")
+        recipe = Recipe(tokenizer_dir, special_tokens_in_text="keep", limit=Limit(max_tokens))
         options = BuildOptions((path,), tmp_path / name, recipe, skip_bad=True)
         build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
         return open_store(tmp_path / name)
@@ -142,6 +143,13 @@ def _counted(table: list[list[str]]) -> dict[int, int]:
 def _binned(lengths: list[int]) -> dict[int, int]:
     low = [1 << (n.bit_length() - 1) for n in lengths]
     return {b: low.count(b) for b in low}
+
+
+def test_a_conversation_dropped_for_its_length_is_on_the_page(built: Build, tokenizer: Any) -> None:
+    store = built(chat(("Hi", "Hello")), chat(("Hi", "Hello " * 50)), max_tokens=30)
+    html = page(store, tokenizer)
+    assert ["too long (--too-long)", "1"] in [row for table in Parsed(html).tables for row in table]
+    assert "every conversation of the sources is a sample" not in html
 
 
 def test_markup_in_a_conversation_stays_text_and_special_tokens_are_seen(
