@@ -48,6 +48,7 @@ class LintOptions:
         fields: How records become conversations.
         ignored: Rules that do not run.
         chat_template: Jinja source that replaces the tokenizer's, for files; a store knows its own.
+        expected: Ignored rules that the store was made to break.
     """
 
     tokenizer: Path | None = None
@@ -55,6 +56,7 @@ class LintOptions:
     fields: FieldMap = field(default_factory=FieldMap)
     ignored: frozenset[str] = frozenset()
     chat_template: str = ""
+    expected: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -122,9 +124,20 @@ def lint_store(store: TokenStore, options: LintOptions) -> Report:
         DataError: The tokenizer that was asked for is not the store's.
     """
     folder, why = _tokenizer_of(store, options.tokenizer)
+    options = _as_built(store, options)
     vocabulary = vocabulary_of(store, folder.hf if folder else None)
     subject = Subject(store, vocabulary, keys_of_tokens(store))
     return _lint(subject, options, str(store.path), why)
+
+
+def _as_built(store: TokenStore, options: LintOptions) -> LintOptions:
+    """Return the options with what store.json says of how its records were read."""
+    recipe, fields = store.meta.get("recipe"), options.fields
+    if recipe is not None and fields == FieldMap():
+        fields = FieldMap(**recipe["fields"])
+    everything = {"mask-all-one"} if fields.train_on == "everything" else set()
+    expected = frozenset(everything - options.ignored)
+    return replace(options, fields=fields, ignored=options.ignored | expected, expected=expected)
 
 
 def lint_files(files: tuple[Path, ...], options: LintOptions) -> Report:
@@ -170,10 +183,7 @@ def _lint_built(store: TokenStore, options: LintOptions, name: str) -> Report:
     assert folder is not None, "the store was built with it a moment ago"
     keys: Keys = keys_of_messages(store, options.fields)
     subject = Subject(store, vocabulary_of(store, folder.hf), keys)
-    ignored = options.ignored
-    if options.fields.train_on == "everything":
-        ignored |= {"mask-all-one"}
-    report = _lint(subject, replace(options, ignored=ignored), name, why)
+    report = _lint(subject, _as_built(store, options), name, why)
     # record-rejected and thinking-lost say it with places.
     findings = tuple(f for f in report.findings if f.rule != "left-out")
     return replace(report, findings=findings)
@@ -203,7 +213,8 @@ def _lint(subject: Subject, options: LintOptions, name: str, why_no_tokenizer: s
     else:
         _check_texts(run, indices)
         _check_records(run, indices)
-    run.skip(sorted(options.ignored), "--ignore")
+    run.skip(sorted(options.ignored - options.expected), "--ignore")
+    run.skip(sorted(options.expected), "the store was built with --train-on everything")
     counts = {
         "samples": len(subject.store),
         "turns": len(subject.store.turns.values) // len(TURN_FIELDS),

@@ -196,3 +196,8 @@ def test_a_killed_build_leaves_no_store_and_no_workers_and_can_be_restarted(
     assert seen.code == 0
     assert len(open_store(store)) == 10_000
     assert not partial.exists()
+    undisturbed = tmp_path / "undisturbed"
+    arguments = ("build", "-i", path, "--tokenizer", tokenizer_dir, "--workers", 2)
+    assert megasft(*arguments, "-o", undisturbed).code == 0
+    for file in undisturbed.iterdir():
+        assert file.read_bytes() == (store / file.name).read_bytes(), file.name

@@ -8,7 +8,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 from megasft.cli.lint import lint
+from megasft.data.build import BuildOptions, build
+from megasft.data.formats import FieldMap
 from megasft.data.lint.rules import RULES
+from megasft.data.tokenize import Recipe
+from megasft.store import open_store
 from tests.unit.data.lint.stores import STOP, built, chat, made, write
 
 Lint = Callable[..., Result]
@@ -126,3 +130,23 @@ def test_wrong_use_is_exit_code_2(
     made(Path("store"), ([1, 5, 6, 7, STOP], [(2, 3)]))
     write(tmp_path / "chats.jsonl", chat("Hi", "Hello"))
     assert run(*arguments).exit_code == 2
+
+
+def test_a_store_is_read_as_it_was_built(tmp_path: Path, tokenizer_dir: Path, run: Lint) -> None:
+    file = write(tmp_path / "pairs.jsonl", {"ask": "Hi", "reply": "Hello"})
+    recipe = Recipe(
+        tokenizer_dir,
+        FieldMap(prompt_key="ask", response_key="reply", train_on="everything"),
+    )
+    options = BuildOptions((file,), tmp_path / "store", recipe)
+    build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
+    seen = run(tmp_path / "store")
+    assert seen.output.splitlines()[0] == (
+        "not checked: mask-all-one (the store was built with --train-on everything)"
+    )
+    assert seen.exit_code == 0
+    unsaid = open_store(tmp_path / "store").meta | {"recipe": None}
+    (tmp_path / "store" / "store.json").write_bytes(orjson.dumps(unsaid))
+    seen = run(tmp_path / "store")
+    assert seen.exit_code == 1
+    assert seen.output.splitlines()[1].split()[:2] == ["error", "mask-all-one"]
