@@ -98,7 +98,7 @@ class TurnBounds:
         any_stop = "|".join(re.escape(t) for t in sorted(stops, key=len, reverse=True)) or "(?!)"
         self._stop = re.compile(rf"\s*({any_stop})")
         self._stop_inside = re.compile(rf"({any_stop})\s*\Z")
-        self._last_special = re.compile(rf"({any_stop})(?:(?!{any_stop}).)*\Z", re.DOTALL)
+        self._any_stop = re.compile(any_stop)
         self._headers = self._generation_prompts()
         self._usual_stop = self._stop_of_a_plain_answer()
 
@@ -148,9 +148,11 @@ class TurnBounds:
             start = place.after + len(tail) if text.startswith(tail, place.after) else -1
         else:
             start = -1
-        if start < 0 and place.is_alone and (last := self._last_special.search(asked)):
-            found = text.rfind(last[0], place.after, place.start)
-            start = found + len(last[0]) if found >= 0 else -1
+        specials = list(self._any_stop.finditer(asked)) if start < 0 and place.is_alone else []
+        if specials:
+            tail = asked[specials[-1].start() :]
+            found = text.rfind(tail, place.after, place.start)
+            start = found + len(tail) if found >= 0 else -1
         return start if place.after <= start <= place.start else None
 
     def with_stop(self, text: str, start: int, place: Place) -> Span:
