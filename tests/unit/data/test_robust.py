@@ -4,8 +4,11 @@ Cut and damaged archives, a line of 50 MB, missing packages and unreadable files
 test_inputs.py; connections that break, in test_remote.py.
 """
 
-import resource
-from collections.abc import Callable, Iterator
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -15,9 +18,10 @@ from megasft.data.build import BuildOptions, build
 from megasft.data.inputs import find_files
 from megasft.data.read import open_sources, read_chunks
 from megasft.data.tokenize import Recipe
-from megasft.errors import DataError, StoreError
+from megasft.errors import DataError
 from megasft.store import open_store
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 GOOD = b'{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Yo"}]}'
 BAD = {
     b'{"messages":[{"role":"user","content":"H\xff"},{"role":"assistant","content":"Yo"}]}': (
@@ -113,21 +117,27 @@ def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
         list(read_chunks(open_sources(find_files([tmp_path / "a.jsonl"]))))
 
 
-@pytest.fixture
-def disk_of() -> Iterator[Callable[[int], None]]:
-    """A limit on the size of each file stands for the disk: what is written behind it fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("num_bytes", [2_000, 40_000])
 def test_a_full_disk_is_named_and_leaves_no_store(
-    tmp_path: Path, tokenizer_dir: Path, disk_of: Callable[[int], None], num_bytes: int
+    tmp_path: Path, tokenizer_dir: Path, num_bytes: int
 ) -> None:
+    """A limit on the size of each file a process writes stands for the disk."""
     (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 4000)
-    disk_of(num_bytes)
-    full = rf"^{tmp_path}/store\.partial cannot be written: File too large, after [\d,]+ samples"
-    with pytest.raises(StoreError, match=full):
-        run(tmp_path, tokenizer_dir, tmp_path / "a.jsonl")
+    limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))"
+    arguments = ["build", "-i", tmp_path / "a.jsonl", "--tokenizer", tokenizer_dir]
+    seen = subprocess.run(
+        [
+            *(sys.executable, "-c", f"{limit}; from megasft.cli.main import main; main()"),
+            *map(str, [*arguments, "-o", tmp_path / "store", "--workers", 1]),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+    )
+    assert seen.returncode == 1, seen.stderr
+    full = rf"{tmp_path}/store\.partial cannot be written: File too large, after [\d,]+ samples"
+    assert re.search(full, seen.stderr), seen.stderr
+    assert "Traceback" not in seen.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
