@@ -11,6 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from megasft.cli.record_options import (
+    CategoryKey,
+    Format,
+    FormatOption,
+    PromptKey,
+    QueryKey,
+    ResponseKey,
+    SystemKey,
+    TemplateOption,
+    TrainOn,
+    TrainOnOption,
+    text_of,
+)
 from megasft.errors import FlagError
 
 if TYPE_CHECKING:
@@ -25,25 +38,6 @@ MAX_SHOWN: Final = 20
 _BYTES_PER_WORKER: Final = 32 * 2**20
 """Starting a process costs a second, in which the others tokenize some 40 MB."""
 _MAX_WORKERS: Final = 8
-
-
-class Format(StrEnum):
-    """How a record stores its conversation."""
-
-    AUTO = "auto"
-    MESSAGES = "messages"
-    SHAREGPT = "sharegpt"
-    PROMPT = "prompt"
-    ALPACA = "alpaca"
-
-
-class TrainOn(StrEnum):
-    """Which assistant messages are trained."""
-
-    ALL_TURNS = "all-turns"
-    LAST_TURN = "last-turn"
-    LABELS = "labels"
-    EVERYTHING = "everything"
 
 
 class InText(StrEnum):
@@ -102,32 +96,16 @@ def build(
         list[str] | None,
         typer.Argument(metavar="FILE", help="more input files, so that --input *.jsonl works"),
     ] = None,
-    format: Annotated[Format, typer.Option(help="auto: seen record by record")] = Format.AUTO,
-    prompt_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="user's text, for records without messages")
-    ] = "prompt",
-    response_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="assistant's text, for records without messages")
-    ] = "response",
-    system_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="system message beside a prompt")
-    ] = "",
-    query_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="continues the prompt on a line of its own")
-    ] = "",
-    train_on: Annotated[
-        TrainOn,
-        typer.Option(
-            help="all-turns: all answers but those labelled 0; last-turn: the last, unless "
-            "labelled 0; labels: those labelled 1; everything: every token, prompts too"
-        ),
-    ] = TrainOn.ALL_TURNS,
+    format: FormatOption = Format.AUTO,
+    prompt_key: PromptKey = "prompt",
+    response_key: ResponseKey = "response",
+    system_key: SystemKey = "",
+    query_key: QueryKey = "",
+    train_on: TrainOnOption = TrainOn.ALL_TURNS,
     category: Annotated[
         str, typer.Option(metavar="NAME", help="category of records that name none")
     ] = "",
-    category_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="field of the category, instead of meta")
-    ] = "",
+    category_key: CategoryKey = "",
     category_from_file: Annotated[
         bool,
         typer.Option("--category-from-file", help="the file's name, for records that name none"),
@@ -139,10 +117,7 @@ def build(
             "the record, keep lets it become the control token"
         ),
     ] = InText.ESCAPE,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Jinja file, instead of the tokenizer's own template"),
-    ] = None,
+    chat_template: TemplateOption = None,
     stripped_thinking: Annotated[
         StrippedThinking,
         typer.Option(
@@ -226,7 +201,7 @@ def build(
         tokenizer,
         fields,
         special_tokens_in_text=special_tokens_in_text.value,
-        chat_template=_text_of(chat_template),
+        chat_template=text_of(chat_template),
         rendering=RenderOptions(stripped_thinking.value, check_all=render is Render.JINJA),
         limit=_limit(max_tokens, too_long),
         encoder=encoder.value,
@@ -253,15 +228,6 @@ def _require_effect(format: Format, pair: tuple[str, str], beside: tuple[str, st
         raise FlagError(f"--prompt-key and --response-key have no effect with --format {format}")
     if format in (Format.MESSAGES, Format.SHAREGPT) and any(beside):
         raise FlagError(f"--system-key and --query-key have no effect with --format {format}")
-
-
-def _text_of(chat_template: Path | None) -> str:
-    if chat_template is None:
-        return ""
-    try:
-        return chat_template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlagError(f"--chat-template {chat_template} cannot be read: {error}") from None
 
 
 def _limit(max_tokens: int, too_long: TooLong) -> Limit:

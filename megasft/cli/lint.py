@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from megasft.cli.build import Format, TrainOn
+from megasft.cli.record_options import (
+    Format,
+    FormatOption,
+    PromptKey,
+    QueryKey,
+    ResponseKey,
+    SystemKey,
+    TemplateOption,
+    TrainOn,
+    TrainOnOption,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,19 +54,13 @@ def lint(
     list_rules: Annotated[
         bool, typer.Option("--list", help="print all rules and what they mean")
     ] = False,
-    format: Annotated[Format, typer.Option(help="as in megasft build")] = Format.AUTO,
-    prompt_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="as in megasft build")
-    ] = "prompt",
-    response_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="as in megasft build")
-    ] = "response",
-    system_key: Annotated[str, typer.Option(metavar="FIELD", help="as in megasft build")] = "",
-    query_key: Annotated[str, typer.Option(metavar="FIELD", help="as in megasft build")] = "",
-    train_on: Annotated[TrainOn, typer.Option(help="as in megasft build")] = TrainOn.ALL_TURNS,
-    chat_template: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="as in megasft build, for files")
-    ] = None,
+    format: FormatOption = Format.AUTO,
+    prompt_key: PromptKey = "prompt",
+    response_key: ResponseKey = "response",
+    system_key: SystemKey = "",
+    query_key: QueryKey = "",
+    train_on: TrainOnOption = TrainOn.ALL_TURNS,
+    chat_template: TemplateOption = None,
 ) -> None:
     """Find what is wrong with training data although it builds.
 
@@ -95,7 +100,7 @@ def lint(
         train_on=train_on.value,
     )
     options = LintOptions(
-        tokenizer, sample, fields, frozenset(ignore or ()), _text_of(chat_template)
+        tokenizer, sample, fields, frozenset(ignore or ()), text_of(chat_template)
     )
     report = _lint(paths or [], options)
     _print_report(console, report)
@@ -121,15 +126,6 @@ def _lint(paths: list[Path], options: Any) -> Report:
     if options.tokenizer is None:
         raise typer.BadParameter(f"{paths[0]} is no store, and files need --tokenizer DIR")
     return lint_files(tuple(paths), options)
-
-
-def _text_of(file: Path | None) -> str:
-    if file is None:
-        return ""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"--chat-template {file} cannot be read: {error}") from None
 
 
 def _print_rules(console: Console) -> None:

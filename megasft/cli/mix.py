@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from megasft.cli.record_options import (
+    CategoryKey,
+    PromptKey,
+    QueryKey,
+    ResponseKey,
+    SystemKey,
+)
 from megasft.errors import FlagError
 
 if TYPE_CHECKING:
@@ -56,17 +63,11 @@ def mix(
             min=0, help=f"of draw, order and joining; that of --config, or {DEFAULT_SEED}"
         ),
     ] = None,
-    prompt_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="as in megasft build")
-    ] = "prompt",
-    response_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="as in megasft build")
-    ] = "response",
-    system_key: Annotated[str, typer.Option(metavar="FIELD", help="as in megasft build")] = "",
-    query_key: Annotated[str, typer.Option(metavar="FIELD", help="as in megasft build")] = "",
-    category_key: Annotated[
-        str, typer.Option(metavar="FIELD", help="field of the category, instead of meta")
-    ] = "",
+    prompt_key: PromptKey = "prompt",
+    response_key: ResponseKey = "response",
+    system_key: SystemKey = "",
+    query_key: QueryKey = "",
+    category_key: CategoryKey = "",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="go on without bad records")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a file that is there")
