@@ -38,9 +38,11 @@ from megasft.data.specials import SpecialTokens
 from megasft.data.turn_bounds import Place, Span, TurnBounds
 
 STRIPPED_THINKING: Final = ("mask", "train", "reject")
-_MAX_SHAPES: Final = 4_096
-"""Shapes remembered; conversations that call tools have shapes of their own, which must not pile
-up."""
+_MAX_REMEMBERED: Final = 16 * 2**20
+"""Characters of the skeletons remembered; conversations that call tools have shapes of their own,
+with the schemas of all their tools, which must not pile up."""
+_SHAPE_SIZE: Final = 1_000
+"""Characters that a shape itself, its spans and its place among others are counted as."""
 _CHECKED_SHAPES: Final = 256
 """Shapes whose first conversation is compared with Jinja; of later ones, a sample is."""
 
@@ -104,7 +106,7 @@ class Renderer:
         self._specials, self._options = specials, options
         self._skeletons: dict[Shape, Skeleton | BadRecordError | None] = {}
         self._hidden: dict[Shape, Skeleton] = {}
-        self._num_checked = 0
+        self._num_checked = self._remembered = 0
 
     def render(self, conversation: Conversation, *, check: bool = False) -> Rendered:
         """Render a conversation and find its trained turns.
@@ -151,11 +153,12 @@ class Renderer:
             skeleton = learn(self._template, self._bounds, conversation)
         except BadRecordError as error:
             skeleton = error
-        if len(self._skeletons) >= _MAX_SHAPES:
-            oldest = next(iter(self._skeletons))
-            del self._skeletons[oldest]
-            self._hidden.pop(oldest, None)
         self._skeletons[shape] = skeleton
+        self._remembered += _size_of(skeleton)
+        while self._remembered > _MAX_REMEMBERED and len(self._skeletons) > 1:
+            oldest = next(iter(self._skeletons))
+            self._remembered -= _size_of(self._skeletons.pop(oldest))
+            self._hidden.pop(oldest, None)
         return skeleton
 
     def _without_skeleton(
@@ -278,6 +281,11 @@ class Renderer:
             )
             spans.append(self._bounds.span(text, place, prompt))
         return [span for span in spans if span is not None]
+
+
+def _size_of(skeleton: object) -> int:
+    own = sum(map(len, skeleton.pieces)) if isinstance(skeleton, Skeleton) else 0
+    return own + _SHAPE_SIZE
 
 
 def _as_dicts(conversation: Conversation) -> list[dict[str, Any]]:

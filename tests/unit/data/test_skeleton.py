@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megasft.data import render
 from megasft.data.chat_template import ChatTemplate
 from megasft.data.conversation import (
     BadRecordError,
@@ -178,3 +179,14 @@ def test_an_empty_answer_trains_its_stop_token_alone() -> None:
     assert turns(templates.CHATML, empty) == ["<|im_end|>", " \n<|im_end|>"]
     two = conversation(("user", "Hi"), ("assistant", ""), ("assistant", ""), ("user", "Yes?"))
     assert turns(templates.CHATML, two) == ["<|im_end|>", "<|im_end|>"]
+
+
+def test_shapes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_MAX_REMEMBERED", 10_000)
+    rendering = renderer(templates.CHATML)
+    texts = []
+    for number in range(30):
+        blanks = " " * number
+        texts.append(rendering.render(chat(f"Hi{blanks}", "Hello")).text)
+        assert len(rendering._skeletons) <= 10
+    assert rendering.render(chat("Hi", "Hello")).text == texts[0]  # forgotten, and learnt again
