@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -25,6 +26,7 @@ from megasft.data.conversation import REASONING_KEYS, Conversation, Message
 
 _THINKING: Final = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]+", re.ASCII)
+_DIGEST_BYTES: Final = 64  # schemas are long, and shapes are remembered
 _BARE: Final = {
     (role, trained): (role, trained)
     for role in ("system", "user", "assistant", "tool")
@@ -63,7 +65,7 @@ def shape_of(conversation: Conversation) -> tuple[Shape, list[str]]:
                 continue
         shape.append(_message_shape(message, leaves))
     if conversation.tools:
-        shape.append(orjson.dumps(conversation.tools))
+        shape.append(_digest(orjson.dumps(conversation.tools)))
     return tuple(shape), leaves
 
 
@@ -108,7 +110,11 @@ def _message_shape(message: Message, leaves: list[str]) -> Shape:
         return "\0"  # a text may hold it too: then a sampled check finds the template unfaithful
 
     rewritten = _rewritten(message, put)
-    return (message.role, message.trained, orjson.dumps(rewritten, default=str))
+    return (message.role, message.trained, _digest(orjson.dumps(rewritten, default=str)))
+
+
+def _digest(data: bytes) -> bytes:
+    return data if len(data) <= _DIGEST_BYTES else blake2b(data, digest_size=_DIGEST_BYTES).digest()
 
 
 def _rewritten(message: Message, put: Put) -> dict[str, Any]:
