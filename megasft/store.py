@@ -8,25 +8,23 @@ A store is a directory that is either whole or refused:
     lineage.npy       int64 [S, 2]: source file (position in store.json) and line of each sample
     store.json        everything else, written last
 
-The .idx bytes are written here with numpy instead of Megatron's builder, so that building a store
-needs neither torch nor Megatron; tests/megatron reads them back with Megatron's reader. Writing
-goes to ``<name>.partial`` and ends in one rename: a build that dies leaves a ``.partial`` folder
-which no reader accepts and the next build replaces. Everything is memory-mapped when read.
+Writing goes to ``<name>.partial`` and ends in one rename: a build that dies leaves a ``.partial``
+folder which no reader accepts and the next build replaces. Everything is memory-mapped when read,
+the indices too (``sequence_file.py``), so opening costs the same for any number of samples.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
-import struct
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Protocol, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,63 +32,22 @@ import orjson
 
 from megasft.errors import StoreError
 from megasft.schema import TURN_FIELDS, Sample
+from megasft.sequence_file import (
+    FlatSequences,
+    Sequences,
+    SequenceWriter,
+    close_synced,
+    open_sequences,
+)
+from megasft.sequence_file import SequenceFile as SequenceFile  # readers know it from here
 
 FORMAT_VERSION: Final = 1
 TOKENS, TURNS, LINEAGE, META = "tokens", "turns", "lineage.npy", "store.json"
-
-_INDEX_MAGIC: Final = b"MMIDIDX\x00\x00"
-_DTYPE_CODES: Final[dict[int, np.dtype[Any]]] = {
-    4: np.dtype("<i4"),
-    8: np.dtype("<u2"),
-}  # Megatron's DType enum
-_CODE_OF_DTYPE: Final[dict[np.dtype[Any], int]] = {
-    dtype: code for code, dtype in _DTYPE_CODES.items()
-}
-_INDEX_HEADER_BYTES: Final = 34
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype Megatron itself would choose for a vocabulary of this size."""
     return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
-
-
-class _SequenceWriter:
-    """Appends sequences to a .bin file and writes its .idx at the end."""
-
-    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
-        self._prefix, self._dtype = prefix, dtype
-        self._bin: BinaryIO = prefix.with_suffix(".bin").open("wb")
-        self._lengths = array("i")  # four bytes a sample: there may be a hundred million
-        self.digest = hashlib.sha256()
-
-    def add(self, sequence: npt.NDArray[np.integer[Any]]) -> None:
-        data = np.ascontiguousarray(sequence, dtype=self._dtype).tobytes()
-        self._bin.write(data)
-        self.digest.update(data)
-        self._lengths.append(len(sequence))
-
-    def close(self) -> None:
-        _close_synced(self._bin)
-        lengths = np.frombuffer(self._lengths, dtype=np.intc).astype("<i4")
-        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        with self._prefix.with_suffix(".idx").open("wb") as idx:
-            idx.write(_INDEX_MAGIC + struct.pack("<QB", 1, _CODE_OF_DTYPE[self._dtype]))
-            idx.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
-            idx.write(lengths.tobytes() + pointers.astype("<i8").tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-            _close_synced(idx)
-        self.digest.update(lengths.tobytes())
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, too
-            self._bin.close()
-
-
-def _close_synced(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 class StoreWriter:
@@ -119,8 +76,8 @@ class StoreWriter:
         if self.restarted:
             shutil.rmtree(self.partial)
         self.partial.mkdir()
-        self._tokens = _SequenceWriter(self.partial / TOKENS, token_dtype(vocab_size))
-        self._turns = _SequenceWriter(self.partial / TURNS, np.dtype("<i4"))
+        self._tokens = SequenceWriter(self.partial / TOKENS, token_dtype(vocab_size))
+        self._turns = SequenceWriter(self.partial / TURNS, np.dtype("<i4"))
         self._lineage = array("q")
         self._vocab_size = vocab_size
         self._finished = False
@@ -165,7 +122,7 @@ class StoreWriter:
         lineage = np.frombuffer(self._lineage, dtype=np.int64).reshape(-1, 2)
         with (self.partial / LINEAGE).open("wb") as file:
             np.save(file, lineage)
-            _close_synced(file)
+            close_synced(file)
         digest = hashlib.sha256(self._tokens.digest.digest() + self._turns.digest.digest())
         whole = {
             "format_version": FORMAT_VERSION,
@@ -176,7 +133,7 @@ class StoreWriter:
         }
         with (self.partial / META).open("wb") as file:
             file.write(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
-            _close_synced(file)
+            close_synced(file)
 
     def _unwritable(self, error: OSError) -> StoreError:
         self._tokens.abandon()
@@ -246,33 +203,30 @@ def _lock(path: Path) -> int:
         os.close(handle)
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceFile:
-    """Memory-mapped sequences of one .bin/.idx pair.
+class Samples(NamedTuple):
+    """Several samples, their turns end to end.
 
     Attributes:
-        values: dtype [total]. All sequences end to end, memory-mapped.
-        lengths: int32 [S]. Elements of each sequence.
-        offsets: int64 [S + 1]. Element at which each sequence starts in ``values``.
+        tokens: Token ids of each, as the store has them.
+        turns: int32 [N, 4]. Turn records of all, see ``TURN_FIELDS``.
+        num_turns: int64 [S]. Turns of each.
     """
 
-    values: npt.NDArray[np.integer[Any]]
-    lengths: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.integer[Any]]:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
+    tokens: Sequence[npt.NDArray[np.integer[Any]]]
+    turns: npt.NDArray[np.int32]
+    num_turns: npt.NDArray[np.int64]
 
 
-class Sequences(Protocol):
-    """What a store's readers ask of token ids: lengths of all sequences, and one of them."""
+class Lineage(NamedTuple):
+    """Where the samples of one store were made from.
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """int32 [S]. Elements of each sequence."""
-        ...
+    Attributes:
+        places: int64 [S, 2]. Source file, counted within the store, and line of each sample.
+        first_source: Sources of the stores before it, where several are read as one.
+    """
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.integer[Any]]: ...
+    places: npt.NDArray[np.int64]
+    first_source: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,17 +240,26 @@ class TokenStore:
         meta: Contents of store.json.
         tokens: Token ids of each sample.
         turns: Flat turn records of each sample.
-        lineage: int64 [S, 2]. Source file and line of each sample.
+        lineages: Origin of the samples, store by store.
     """
 
     path: Path
     meta: dict[str, Any]
     tokens: Sequences
-    turns: SequenceFile
-    lineage: npt.NDArray[np.int64]
+    turns: FlatSequences
+    lineages: tuple[Lineage, ...]
 
     def __len__(self) -> int:
         return len(self.tokens.lengths)
+
+    @property
+    def lineage(self) -> npt.NDArray[np.int64]:
+        """int64 [S, 2]. Source file and line of each sample; of several stores, made when asked."""
+        parts = [
+            places if not first else places + np.array([first, 0])
+            for places, first in self.lineages
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @property
     def name(self) -> str:
@@ -315,10 +278,30 @@ class TokenStore:
             np.asarray(self.turns[index], dtype=np.int32).reshape(-1, len(TURN_FIELDS)),
         )
 
+    def samples(self, indices: npt.NDArray[np.integer[Any]]) -> Samples:
+        """Return several samples at once; their tokens view the memory map.
+
+        Args:
+            indices: int [S]. Their numbers in the store; any order, repeats allowed.
+        """
+        numbers = np.asarray(indices, np.int64)
+        records = self.turns.views(numbers)
+        flat = np.concatenate(records) if records else np.zeros(0, np.int32)
+        width = len(TURN_FIELDS)
+        return Samples(
+            self.tokens.views(numbers),
+            np.asarray(flat, np.int32).reshape(-1, width),
+            self.turns.lengths[numbers].astype(np.int64) // width,
+        )
+
     def source_line(self, index: int) -> str:
         """Return ``file:17`` (or ``file:record 17``) of the conversation a sample was made from."""
-        number, line = (int(x) for x in self.lineage[index])
-        source = self.meta["sources"][number]
+        part, place = 0, index
+        while place >= len(self.lineages[part].places):
+            place -= len(self.lineages[part].places)
+            part += 1
+        number, line = (int(x) for x in self.lineages[part].places[place])
+        source = self.meta["sources"][number + self.lineages[part].first_source]
         has_lines = source.get("kind", "jsonl") == "jsonl"
         return f"{source['path']}:{'' if has_lines else 'record '}{line}"
 
@@ -344,7 +327,7 @@ def open_store(path: Path | str) -> TokenStore:
             f"{path} has format version {meta.get('format_version')}, this megasft reads "
             f"{FORMAT_VERSION}; build the store again"
         )
-    tokens, turns = _open_sequences(path / TOKENS), _open_sequences(path / TURNS)
+    tokens, turns = open_sequences(path / TOKENS), open_sequences(path / TURNS)
     try:
         lineage = np.load(path / LINEAGE, mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -354,40 +337,4 @@ def open_store(path: Path | str) -> TokenStore:
             f"{path} is damaged: {len(tokens.lengths):,} samples, {len(turns.lengths):,} turn "
             f"records and {len(lineage):,} lineage rows should be equal; build it again"
         )
-    return TokenStore(path, meta, tokens, turns, lineage)
-
-
-def _open_sequences(prefix: Path) -> SequenceFile:
-    idx, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
-    head = _first_bytes(idx, _INDEX_HEADER_BYTES)
-    if len(head) < _INDEX_HEADER_BYTES or not head.startswith(_INDEX_MAGIC) or not data.is_file():
-        raise StoreError(f"{prefix}.idx/.bin is missing or not an index; build the store again")
-    dtype = _DTYPE_CODES[head[17]]
-    (count,) = struct.unpack("<Q", head[18:26])
-    wanted = _INDEX_HEADER_BYTES + count * (4 + 8) + (count + 1) * 8
-    if idx.stat().st_size != wanted:
-        raise StoreError(
-            f"{idx} has {idx.stat().st_size:,} bytes, its header says {wanted:,}; "
-            "build the store again"
-        )
-    lengths = np.memmap(idx, "<i4", "r", _INDEX_HEADER_BYTES, (count,)) if count else _empty("<i4")
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    total = int(offsets[-1])
-    if data.stat().st_size != total * dtype.itemsize:
-        raise StoreError(
-            f"{data} has {data.stat().st_size:,} bytes, its index says "
-            f"{total * dtype.itemsize:,}; build the store again"
-        )
-    values = np.memmap(data, dtype, "r", shape=(total,)) if total else _empty(dtype)
-    return SequenceFile(values, lengths, offsets)
-
-
-def _empty(dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.zeros(0, dtype)  # numpy cannot map a file of no bytes
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        return file.read(count)
+    return TokenStore(path, meta, tokens, turns, (Lineage(lineage, 0),))

@@ -1,9 +1,8 @@
 """Several token stores read as one, and what a mixture may draw from them.
 
 The result is a ``TokenStore`` like any other, so rows, training, ``trace`` and the reports need not
-know of it. Token ids stay in the memory maps of their stores. Turn records are copied into memory
-with their categories renumbered: 16 bytes a turn and process, which keeps every reader of turns as
-it is; a lazy view would save some 16 MB a million turns.
+know of it. Everything stays in the memory maps of its stores, and categories are renumbered in the
+records that are read. Only the length of each sample is copied: 8 bytes a sample and process.
 
 Ids are comparable only between stores of one tokenizer, so others are refused. Categories are one
 by name: of each store but the first, a category takes the id its name has already, else its own,
@@ -28,11 +27,57 @@ import orjson
 from megasft.draw import Population
 from megasft.errors import StoreError
 from megasft.schema import NO_CATEGORY, TURN_FIELDS
-from megasft.store import SequenceFile, Sequences, TokenStore, open_store
+from megasft.sequence_file import FlatSequences, Integers, Numbers, Sequences, cut, offsets_of
+from megasft.store import Lineage, TokenStore, open_store
 
 logger = logging.getLogger(__name__)
 
 _CATEGORY: Final = TURN_FIELDS.index("category_id")
+
+
+@dataclass(frozen=True, slots=True)
+class _Renumbered:
+    """Turn records of a store, whose categories get other ids as they are read.
+
+    Attributes:
+        file: The records.
+        old_ids: int32, ascending. Ids of categories in the store.
+        new_ids: int32. What each becomes; an id that is not among the old ones stays.
+    """
+
+    file: FlatSequences
+    old_ids: npt.NDArray[np.int32]
+    new_ids: npt.NDArray[np.int32]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return self.file.lengths
+
+    @property
+    def offsets(self) -> Numbers:
+        return self.file.offsets
+
+    @property
+    def values(self) -> Integers:
+        return self._renumber(np.array(self.file.values, np.int32))
+
+    def __getitem__(self, index: int) -> Integers:
+        return self._renumber(np.array(self.file[index], np.int32))
+
+    def views(self, numbers: Numbers) -> list[Integers]:
+        records = self.file.views(numbers)
+        if not records:
+            return []
+        flat = np.concatenate(records, dtype=np.int32, casting="same_kind")
+        return cut(self._renumber(flat), [len(record) for record in records])
+
+    def _renumber(self, flat: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Write the new ids over the old ones, in records of our own."""
+        ids = flat.reshape(-1, len(TURN_FIELDS))[:, _CATEGORY]
+        place = np.searchsorted(self.old_ids, ids).clip(max=len(self.old_ids) - 1)
+        known = self.old_ids[place] == ids
+        ids[known] = self.new_ids[place[known]]
+        return flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +91,54 @@ class _Joined:
     """
 
     files: tuple[Sequences, ...]
-    starts: npt.NDArray[np.int64]
+    starts: Numbers
     lengths: npt.NDArray[np.int32]
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.integer[Any]]:
+    def __getitem__(self, index: int) -> Integers:
         if not 0 <= index < self.starts[-1]:
             raise IndexError(index)
         file = int(np.searchsorted(self.starts, index, "right")) - 1
         return self.files[file][index - int(self.starts[file])]
+
+    def views(self, numbers: Numbers) -> list[Integers]:
+        found: dict[int, Integers] = {}
+        file_of = np.searchsorted(self.starts, numbers, "right") - 1
+        for file in np.unique(file_of).tolist():
+            places = np.flatnonzero(file_of == file)
+            views = self.files[file].views(numbers[places] - self.starts[file])
+            found.update(zip(places.tolist(), views, strict=True))
+        return [found[place] for place in range(len(numbers))]
+
+
+@dataclass(frozen=True, slots=True)
+class _JoinedTurns:
+    """Turn records of several stores, also end to end, which is made anew whenever asked for.
+
+    Attributes:
+        files: Records of each store.
+        joined: The same, numbered through.
+    """
+
+    files: tuple[FlatSequences, ...]
+    joined: _Joined
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return self.joined.lengths
+
+    @property
+    def offsets(self) -> Numbers:
+        return offsets_of(self.lengths)
+
+    @property
+    def values(self) -> Integers:
+        return np.concatenate([file.values for file in self.files])
+
+    def __getitem__(self, index: int) -> Integers:
+        return self.joined[index]
+
+    def views(self, numbers: Numbers) -> list[Integers]:
+        return self.joined.views(numbers)
 
 
 def open_stores(paths: Sequence[Path | str]) -> TokenStore:
@@ -82,7 +167,7 @@ def open_stores(paths: Sequence[Path | str]) -> TokenStore:
         _meta(stores, names, renumbered),
         _joined([store.tokens for store in stores]),
         _turns(stores, renumbered),
-        _lineage(stores),
+        _lineages(stores),
     )
 
 
@@ -93,7 +178,7 @@ def population_of(store: TokenStore) -> Population:
     """
     width = len(TURN_FIELDS)
     starts = store.turns.offsets[:-1] // width
-    has_turn = np.diff(store.turns.offsets) > 0
+    has_turn = store.turns.lengths > 0
     categories = np.full(len(store), NO_CATEGORY, np.int32)
     records = store.turns.values.reshape(-1, width)
     categories[has_turn] = records[starts[has_turn], _CATEGORY]
@@ -160,28 +245,26 @@ def _free(names: Mapping[int, str], reserved: set[int]) -> int:
 
 def _joined(files: Sequence[Sequences]) -> _Joined:
     counts = [len(file.lengths) for file in files]
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-    return _Joined(tuple(files), starts, np.concatenate([file.lengths for file in files]))
+    return _Joined(
+        tuple(files), offsets_of(np.array(counts)), np.concatenate([file.lengths for file in files])
+    )
 
 
-def _turns(stores: Sequence[TokenStore], renumbered: Sequence[Mapping[int, int]]) -> SequenceFile:
-    records = []
+def _turns(stores: Sequence[TokenStore], renumbered: Sequence[Mapping[int, int]]) -> _JoinedTurns:
+    files: list[FlatSequences] = []
     for store, new in zip(stores, renumbered, strict=True):
-        own = np.array(store.turns.values, np.int32).reshape(-1, len(TURN_FIELDS))
-        old_ids, places = np.unique(own[:, _CATEGORY], return_inverse=True)
-        own[:, _CATEGORY] = np.array([new.get(i, i) for i in old_ids.tolist()], np.int32)[places]
-        records.append(own.reshape(-1))
-    lengths = np.concatenate([store.turns.lengths for store in stores])
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    return SequenceFile(np.concatenate(records), lengths, offsets)
+        moved = sorted((old, number) for old, number in new.items() if old != number)
+        old_ids, new_ids = (np.array([pair[k] for pair in moved], np.int32) for k in (0, 1))
+        files.append(_Renumbered(store.turns, old_ids, new_ids) if moved else store.turns)
+    return _JoinedTurns(tuple(files), _joined(files))
 
 
-def _lineage(stores: Sequence[TokenStore]) -> npt.NDArray[np.int64]:
-    pieces, first = [], 0
-    for store in stores:
-        pieces.append(np.asarray(store.lineage) + np.array([first, 0]))
-        first += len(store.meta["sources"])
-    return np.concatenate(pieces)
+def _lineages(stores: Sequence[TokenStore]) -> tuple[Lineage, ...]:
+    numbers = offsets_of(np.array([len(store.meta["sources"]) for store in stores]))
+    return tuple(
+        Lineage(store.lineage, first)
+        for store, first in zip(stores, numbers[:-1].tolist(), strict=True)
+    )
 
 
 def _meta(

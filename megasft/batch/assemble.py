@@ -1,37 +1,66 @@
-"""Samples to one packed row: aligned, with the tail pad as its own document, labels shifted.
+"""Samples to packed rows: aligned, with the tail pad as its own document, labels shifted.
 
 Labels are shifted here, on whole rows, before anything is cut: cutting first loses a label at every
 seam. The tail pad is a document of its own, because attention costs the square of a document and
 padding must not lengthen the last one. Everything a loss can ask about a label (length of its turn
 and sample, whether it ends them) is written beside it, so that any share of the row knows it
 without communication.
+
+All rows of a micro-batch are laid out at once. What is constant over a document or a turn is
+repeated over its tokens, so that Python steps over samples and numpy over tokens.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megasft.schema import TURN_FIELDS, Sample
+from megasft.store import Samples
 
 Columns = dict[str, npt.NDArray[Any]]
 """The fields of an ``SFTBatch`` as numpy arrays."""
 
+Ints = npt.NDArray[np.int64]
+
+
+class _Layout(NamedTuple):
+    """Where documents lie in a micro-batch.
+
+    Attributes:
+        starts: int64 [S]. First position of each sample.
+        lengths: int64 [S]. True length of each sample.
+        borders: int64 [D + 1]. Aligned borders of all documents, tail pads among them.
+        true_lengths: int64 [D]. True lengths of all documents; that of a tail pad is 0.
+    """
+
+    starts: Ints
+    lengths: Ints
+    borders: Ints
+    true_lengths: Ints
+
 
 def assemble(
-    samples: list[Sample], *, row_tokens: int, align_tokens: int, pad_token: int
+    samples: Samples | Sequence[Sample],
+    *,
+    row_tokens: int,
+    align_tokens: int,
+    pad_token: int,
+    samples_per_row: Sequence[int] | None = None,
 ) -> Columns:
-    """Lay samples end to end in a row and derive every per-token fact.
+    """Lay samples end to end in rows, the rows end to end, and derive every per-token fact.
 
     Args:
-        samples: At most ``row_tokens`` tokens together, each rounded up to ``align_tokens``. None
-            gives a row of padding, which weighs nothing.
-        row_tokens: Tokens of the row; a multiple of ``align_tokens``.
+        samples: Those of a row have at most ``row_tokens`` tokens together, each rounded up to
+            ``align_tokens``. A row of none is padding, which weighs nothing.
+        row_tokens: Tokens of a row; a multiple of ``align_tokens``.
         align_tokens: Multiple of every document's length.
         pad_token: Id to fill gaps with. Masks go by position, so it may equal any token.
+        samples_per_row: Samples of each row, in order; all in one row when not given.
 
     Returns:
-        The fields of ``SFTBatch``, whole row, shifted.
+        The fields of ``SFTBatch``, whole rows, shifted.
 
     Example:
         >>> turns = np.array([[2, 2, 0, 1]])                          # tokens 2 and 3 are trained
@@ -42,75 +71,97 @@ def assemble(
         >>> row["turn_tokens"].tolist()
         [0, 2, 2, 0, 0, 0]
     """
-    lengths = np.array([len(s.tokens) for s in samples], dtype=np.int64)
-    padded = -(-lengths // align_tokens) * align_tokens
-    borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(padded)])
-    assert borders[-1] <= row_tokens, "the row plan filled a row beyond its capacity"
-
-    row = _empty_row(row_tokens, pad_token)
-    for border, sample in zip(borders[:-1].tolist(), samples, strict=True):
-        row["tokens"][border : border + len(sample.tokens)] = sample.tokens
-    has_tail = borders[-1] < row_tokens
-    cu_seqlens = np.append(borders, row_tokens) if has_tail else borders
-    row["position_ids"] = np.arange(row_tokens) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-    row["cu_seqlens"] = cu_seqlens.astype(np.int32)
-    true_lengths = np.append(lengths, 0) if has_tail else lengths
-    row["cu_seqlens_unpadded"] = np.concatenate([[0], np.cumsum(true_lengths)]).astype(np.int32)
-    if samples:
-        _write_turns(row, samples, borders[:-1])
-    return row
-
-
-def _empty_row(row_tokens: int, pad_token: int) -> Columns:
+    if not isinstance(samples, Samples):
+        samples = _together(samples)
+    if samples_per_row is None:
+        samples_per_row = [len(samples.tokens)]
+    layout = _layout(
+        np.array([len(tokens) for tokens in samples.tokens], np.int64),
+        np.array(samples_per_row, np.int64),
+        row_tokens=row_tokens,
+        align_tokens=align_tokens,
+    )
+    num_tokens = int(layout.borders[-1])
+    sizes = np.diff(layout.borders)
+    position_ids = np.arange(num_tokens)
+    position_ids -= np.repeat(layout.borders[:-1], sizes)
     row: Columns = {
-        name: np.zeros(row_tokens, dtype)
-        for name, dtype in (
-            *(("labels", np.int64), ("turn_tokens", np.int32), ("sample_tokens", np.int32)),
-            *(("ends_turn", np.bool_), ("ends_sample", np.bool_), ("category_ids", np.int32)),
-        )
+        "tokens": _tokens(samples.tokens, layout, pad_token=pad_token),
+        "position_ids": position_ids,
+        "cu_seqlens": layout.borders.astype(np.int32),
+        "cu_seqlens_unpadded": np.append(0, np.cumsum(layout.true_lengths)).astype(np.int32),
     }
-    row["tokens"] = np.full(row_tokens, pad_token, np.int64)
+    return row | _turn_facts(row["tokens"], samples, layout.starts)
+
+
+def _together(samples: Sequence[Sample]) -> Samples:
+    no_turns = np.zeros((0, len(TURN_FIELDS)), np.int32)
+    return Samples(
+        [sample.tokens for sample in samples],
+        np.concatenate([no_turns, *(sample.turns for sample in samples)]),
+        np.array([len(sample.turns) for sample in samples], np.int64),
+    )
+
+
+def _layout(lengths: Ints, samples_per_row: Ints, *, row_tokens: int, align_tokens: int) -> _Layout:
+    padded = -(-lengths // align_tokens) * align_tokens
+    row_of = np.repeat(np.arange(len(samples_per_row)), samples_per_row)
+    used = np.bincount(row_of, weights=padded, minlength=len(samples_per_row)).astype(np.int64)
+    assert (used <= row_tokens).all(), "the row plan filled a row beyond its capacity"
+    # Behind all samples before it, and the tail pads of the rows before its own.
+    tails = row_tokens - used
+    starts = np.cumsum(padded) - padded + (np.cumsum(tails) - tails)[row_of]
+    has_tail = tails > 0
+    behind = np.cumsum(samples_per_row)[has_tail]
+    tail_starts = (np.arange(len(used)) * row_tokens + used)[has_tail]
+    borders = np.append(np.insert(starts, behind, tail_starts), len(used) * row_tokens)
+    return _Layout(starts, lengths, borders, np.insert(lengths, behind, 0))
+
+
+def _tokens(views: Sequence[npt.NDArray[Any]], layout: _Layout, *, pad_token: int) -> Ints:
+    """Copy the samples into place, one after the other, with padding in the gaps."""
+    row = np.empty(layout.borders[-1], np.int64)
+    ends = layout.starts + layout.lengths
+    gaps = np.append(layout.starts, len(row)) - np.append(0, ends)
+    padding = np.full(gaps.max(), pad_token, np.int64)
+    parts: list[npt.NDArray[Any]] = []
+    for gap, view in zip(gaps.tolist(), (*views, None), strict=True):
+        if gap:
+            parts.append(padding[:gap])
+        if view is not None:
+            parts.append(view)
+    np.concatenate(parts, out=row)
     return row
 
 
-def _write_turns(row: Columns, samples: list[Sample], starts: npt.NDArray[np.int64]) -> None:
-    """Write what each label needs to know, all turns of the row at once."""
-    records = np.concatenate([s.turns for s in samples]).astype(np.int64)
-    document = np.repeat(np.arange(len(samples)), [len(s.turns) for s in samples])
-    column = dict(zip(TURN_FIELDS, records.T, strict=True))
+def _turn_facts(tokens: Ints, samples: Samples, starts: Ints) -> Columns:
+    """Return what each label needs to know, all turns of the micro-batch at once."""
+    num_tokens, num_samples = len(tokens), len(samples.tokens)
+    column = dict(zip(TURN_FIELDS, samples.turns.astype(np.int64).T, strict=True))
     sizes = column["num_tokens"]
+    document = np.repeat(np.arange(num_samples), samples.num_turns)
     # The label of token t sits at position t - 1.
     first = column["start"] - 1 + starts[document]
-    ends = np.cumsum(sizes)
-    offset_in_turn = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - sizes, sizes)
-    where = np.repeat(first, sizes) + offset_in_turn
+    last = first + sizes - 1
+    of_sample = np.bincount(document, weights=sizes, minlength=num_samples).astype(np.int64)
 
-    labels_of_sample = np.bincount(document, weights=sizes, minlength=len(samples)).astype(np.int64)
-    row["labels"][where] = row["tokens"][where + 1]
-    row["turn_tokens"][where] = np.repeat(sizes, sizes)
-    row["sample_tokens"][where] = np.repeat(labels_of_sample[document], sizes)
-    row["category_ids"][where] = np.repeat(column["category_id"], sizes)
-    row["ends_turn"][first + sizes - 1] = True
-    is_last_turn = np.append(document[1:] != document[:-1], True)[: len(document)]
-    row["ends_sample"][(first + sizes - 1)[is_last_turn]] = True
+    # Runs of positions: before the first turn, the turn, up to the second turn, the turn, ...
+    edges = np.zeros(2 * len(sizes) + 2, np.int64)
+    edges[1:-1:2], edges[2:-1:2], edges[-1] = first, last + 1, num_tokens
+    of_run = np.zeros((3, len(edges) - 1), np.int32)
+    of_run[:, 1::2] = sizes, of_sample[document], column["category_id"]
+    turn_tokens, sample_tokens, category_ids = np.repeat(of_run, np.diff(edges), axis=1)
 
-
-def join(rows: list[Columns]) -> Columns:
-    """Lay rows end to end into one flat micro-batch.
-
-    Example:
-        >>> a = assemble([], row_tokens=2, align_tokens=1, pad_token=0)
-        >>> join([a, a])["cu_seqlens"].tolist()
-        [0, 2, 4]
-    """
-    if len(rows) == 1:
-        return rows[0]
-    joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
-    for name in ("cu_seqlens", "cu_seqlens_unpadded"):
-        joined[name] = _join_borders([r[name] for r in rows])
-    return joined
-
-
-def _join_borders(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
-    lengths = np.concatenate([np.diff(part) for part in parts])
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    labels = np.zeros(num_tokens, np.int64)
+    np.copyto(labels[:-1], tokens[1:], where=turn_tokens[:-1] > 0)
+    ends_turn, ends_sample = np.zeros((2, num_tokens), np.bool_)
+    ends_turn[last] = True
+    ends_sample[last[np.append(document[1:] != document[:-1], True)[: len(document)]]] = True
+    return {
+        "labels": labels,
+        "turn_tokens": turn_tokens,
+        "sample_tokens": sample_tokens,
+        "ends_turn": ends_turn,
+        "ends_sample": ends_sample,
+        "category_ids": category_ids,
+    }

@@ -63,6 +63,9 @@ def trace(
     mixture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="the run's --megasft-mixture")
     ] = None,
+    packer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the run's --megasft-packer, or balanced")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="if the tokenizer is not where it was")
     ] = None,
@@ -91,7 +94,7 @@ def trace(
     _check_flags(
         {"--sample": sample, "--row": row, "--step": step},
         {"--seq-length": seq_length, "--global-batch-size": global_batch_size},
-        {"--seed": seed, "--align-tokens": align_tokens, "--mixture": mixture},
+        {"--seed": seed, "--align-tokens": align_tokens, "--mixture": mixture, "--packer": packer},
     )
     if tokenizer is not None and sample is None:
         raise FlagError("--tokenizer has no effect without --sample; leave it out")
@@ -104,7 +107,7 @@ def trace(
     if seq_length is None:
         return
     seed = DEFAULT_SEED if seed is None else seed
-    plan = _plan(opened, seq_length, align_tokens or DEFAULT_ALIGN_TOKENS, seed, mixture)
+    plan = _plan(opened, seq_length, align_tokens or DEFAULT_ALIGN_TOKENS, seed, mixture, packer)
     run = None if global_batch_size is None else _Run(plan, global_batch_size, seed)
     if sample is not None:
         row = _print_place(console, plan, sample)
@@ -120,7 +123,7 @@ def trace(
 
 
 def _check_flags(
-    what: dict[str, int | None], sizes: dict[str, int | None], plan: dict[str, int | Path | None]
+    what: dict[str, int | None], sizes: dict[str, int | None], plan: dict[str, int | str | Path | None]
 ) -> None:
     """Refuse what is missing, and what would have no effect."""
     given = [flag for flag, value in what.items() if value is not None]
@@ -145,17 +148,33 @@ def _require_below(num: int, value: int, fact: str) -> None:
 
 
 def _plan(
-    store: TokenStore, seq_length: int, align_tokens: int, seed: int, mixture: Path | None
+    store: TokenStore,
+    seq_length: int,
+    align_tokens: int,
+    seed: int,
+    mixture: Path | None,
+    packer: str | None,
 ) -> RowPlan:
     from megasft.draw import draw
     from megasft.mixture import read_mixture
+    from megasft.packing.pack import DEFAULT_PACKER, PACKERS
     from megasft.packing.plan import plan_rows
+
+    if packer is not None and packer not in PACKERS:
+        raise FlagError(f"--packer {packer} is not one of {', '.join(PACKERS)}")
     from megasft.store_group import population_of
 
     drawn = None
     if mixture is not None:
         drawn = draw(read_mixture(mixture), population_of(store), seed=seed)
-    return plan_rows(store, row_tokens=seq_length, align_tokens=align_tokens, seed=seed, draw=drawn)
+    return plan_rows(
+        store,
+        row_tokens=seq_length,
+        align_tokens=align_tokens,
+        seed=seed,
+        draw=drawn,
+        packer=packer or DEFAULT_PACKER,
+    )
 
 
 def _print_turns(console: Console, store: TokenStore, index: int) -> None:

@@ -28,7 +28,7 @@ def rows_of_sample(plan: RowPlan, sample: int) -> list[int]:
 
 
 def rows_of_step(plan: RowPlan, *, step: int, global_batch_size: int, seed: int) -> list[int]:
-    """Return the rows of a global batch, in the order of the run.
+    """Return the rows of a global batch, in the order of the run before they are dealt to ranks.
 
     Args:
         plan: The rows of the training store.

@@ -1,9 +1,10 @@
 """The row plan: which samples make which row, what an epoch holds, and its cache beside the store.
 
 A plan is computed from lengths alone, so sequence length, context parallelism and seed change
-without tokenizing again. It is cheap (see ``pack.py``), so every rank may compute it: nothing is
-broadcast and nobody waits for rank 0. The cache file carries the key of everything the plan depends
-on (store fingerprint, sizes, seed, draw); a file made for anything else is not read but made again.
+without tokenizing again. It is cheap (see ``balanced.py``), so every rank may compute it: nothing
+is broadcast and nobody waits for rank 0. The cache file carries the key of everything the plan
+depends on (packer, store fingerprint, sizes, seed, draw); a file made for anything else is not read
+but made again.
 
 With a mixture the plan holds the samples it drew, one drawn twice in two places, so a new mixture
 needs no new tokens. Rows are packed within a stage of the curriculum, and stages follow each other;
@@ -27,7 +28,8 @@ import numpy.typing as npt
 from megasft.draw import Draw
 from megasft.errors import PlanError
 from megasft.packing.order import RowOrder
-from megasft.packing.pack import Rows, best_fit
+from megasft.packing.pack import DEFAULT_PACKER, PACKERS
+from megasft.packing.rows import Packer, Rows
 from megasft.schema import TURN_FIELDS
 from megasft.store import TokenStore
 
@@ -48,6 +50,8 @@ class RowPlan:
         labelled_samples: int64 [R]. Samples of each row that have a turn.
         labels: int64 [R]. Label tokens of each row.
         tokens: int64 [R]. True tokens of each row, padding not counted.
+        squares: int64 [R]. Sum of the squared lengths of a row's documents as attention computes
+            them, padding counted.
         too_long: int64. Samples that fit no row and are left out.
         identity: Everything the rows depend on, readable; a run resumes on no other plan.
         stages: Row at which each stage starts, and where the last ends.
@@ -60,6 +64,7 @@ class RowPlan:
     labelled_samples: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
+    squares: npt.NDArray[np.int64]
     too_long: npt.NDArray[np.int64]
     identity: str
     stages: tuple[int, ...]
@@ -94,6 +99,7 @@ def plan_rows(
     seed: int,
     cache: Path | None = None,
     draw: Draw | None = None,
+    packer: str = DEFAULT_PACKER,
 ) -> RowPlan:
     """Make or read the row plan of a store.
 
@@ -104,6 +110,7 @@ def plan_rows(
         seed: Which of equally long samples goes where.
         cache: Folder for the plan; the store's own ``row_plans`` when not given.
         draw: What a mixture drew from the store; every sample once when not given.
+        packer: A name of ``PACKERS``.
 
     Raises:
         PlanError: Rows do not divide by the alignment, or no sample fits.
@@ -127,11 +134,17 @@ def plan_rows(
             f"{row_tokens} tokens (the shortest has {shortest}); raise --seq-length"
         )
     folder = cache or store.path / "row_plans"
-    identity = _identity(store, row_tokens, align_tokens, seed, draw)
+    identity = _identity(store, row_tokens, align_tokens, seed, draw, packer)
     cached = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     planned = _read(cached, num_samples=sum(map(len, kept)))
     if planned is None:
-        planned = _pack(kept, lengths, row_tokens=row_tokens, align_tokens=align_tokens, seed=seed)
+        planned = _pack(
+            PACKERS[packer],
+            *(kept, lengths),
+            row_tokens=row_tokens,
+            align_tokens=align_tokens,
+            seed=seed,
+        )
         _write(cached, *planned)
     rows, stages = planned
     too_long = np.unique(np.concatenate([samples[~fits[samples]] for samples in drawn]))
@@ -140,6 +153,7 @@ def plan_rows(
         row_tokens,
         align_tokens,
         **_contents(store, rows),
+        squares=_squares(lengths, rows, row_tokens=row_tokens, align_tokens=align_tokens),
         too_long=too_long,
         identity=identity,
         stages=stages,
@@ -161,7 +175,18 @@ def _contents(store: TokenStore, rows: Rows) -> dict[str, npt.NDArray[np.int64]]
     }
 
 
+def _squares(
+    lengths: npt.NDArray[np.int64], rows: Rows, *, row_tokens: int, align_tokens: int
+) -> npt.NDArray[np.int64]:
+    """Sum the squared documents of each row; what a row lacks is a document, too."""
+    padded = -(-lengths[rows.samples] // align_tokens) * align_tokens
+    gaps = row_tokens - np.add.reduceat(padded, rows.borders[:-1])
+    squares: npt.NDArray[np.int64] = np.add.reduceat(padded**2, rows.borders[:-1]) + gaps**2
+    return squares
+
+
 def _pack(
+    packer: Packer,
     stages: Sequence[npt.NDArray[np.int64]],
     lengths: npt.NDArray[np.int64],
     *,
@@ -171,7 +196,7 @@ def _pack(
 ) -> tuple[Rows, tuple[int, ...]]:
     """Pack each stage by itself; return all rows, and where stages start and end among them."""
     made = [
-        best_fit(lengths[samples], row_tokens=row_tokens, align_tokens=align_tokens, seed=seed)
+        packer(lengths[samples], row_tokens=row_tokens, align_tokens=align_tokens, seed=seed)
         for samples in stages
     ]
     # A row's place among all samples: its place in its stage, behind those of earlier stages.
@@ -194,10 +219,15 @@ def _turns_and_labels(store: TokenStore) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 
 def _identity(
-    store: TokenStore, row_tokens: int, align_tokens: int, seed: int, draw: Draw | None
+    store: TokenStore,
+    row_tokens: int,
+    align_tokens: int,
+    seed: int,
+    draw: Draw | None,
+    packer: str,
 ) -> str:
     every_sample_once = (
-        f"plan version {PLAN_VERSION}, best_fit, store {store.fingerprint}, {len(store)} samples, "
+        f"plan version {PLAN_VERSION}, {packer}, store {store.fingerprint}, {len(store)} samples, "
         f"row_tokens {row_tokens}, align_tokens {align_tokens}, seed {seed}"
     )
     return every_sample_once if draw is None else f"{every_sample_once}, {draw.identity}"

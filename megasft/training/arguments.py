@@ -18,6 +18,7 @@ from megasft import cpu
 from megasft.compat import has
 from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
+from megasft.packing.pack import DEFAULT_PACKER, PACKERS
 from megasft.store import TokenStore
 from megasft.training import rope
 
@@ -65,8 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--megasft-valid-data",
+        nargs="+",
         metavar="STORE",
-        help="second store; the whole of it is evaluated every --eval-interval steps",
+        help="stores that are evaluated whole every --eval-interval steps; each of several also "
+        "logs its own loss, as 'lm loss NAME validation', by the name of its folder or by that "
+        "given as NAME=STORE",
     )
     group.add_argument(
         "--megasft-hf",
@@ -118,6 +122,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="train on when the units Megatron reduced are not those of the global batch's rows; "
         "without it such a step stops the run",
+    )
+    group.add_argument(
+        "--megasft-packer",
+        choices=tuple(PACKERS),
+        default=DEFAULT_PACKER,
+        help="balanced: rows that cost alike and hold about as many samples; best_fit: the fewest "
+        "rows, long samples here and short ones there; sequential: neighbours share a row; none: a "
+        f"row for each sample, the rest of it padding (default: {DEFAULT_PACKER})",
+    )
+    group.add_argument(
+        "--megasft-no-balance",
+        action="store_true",
+        help="train the rows of a global batch where they come; without it they are dealt to "
+        "data-parallel ranks and micro-batches by cost, so that ranks end together; the loss is "
+        "the same",
     )
     group.add_argument(
         "--megasft-plan-cache",
@@ -211,6 +230,8 @@ def check(args: Any) -> None:
         "--train-data-path": args.train_data_path,
         "--valid-data-path": args.valid_data_path,
         "--full-validation": args.full_validation,
+        "--multiple-validation-sets": args.multiple_validation_sets,
+        "--validation-set-names": args.validation_set_names,
     }
     given = [flag for flag, value in without_effect.items() if value]
     if given:

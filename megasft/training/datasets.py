@@ -10,15 +10,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from megasft.batch.dataset import PackedRows, RowShape, WholeSet
+from megasft.batch.dataset import (
+    PackedRows,
+    RowAtPosition,
+    RowShape,
+    RowsOfSets,
+    RowsOfStore,
+    WholeSet,
+)
 from megasft.cp_layout import alignment
 from megasft.draw import Draw, draw
 from megasft.errors import FlagError
 from megasft.mixture import read_mixture
-from megasft.packing.order import RowOrder
+from megasft.packing.balance import BatchShape
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.store import TokenStore
 from megasft.store_group import open_stores, population_of
+from megasft.training import row_order, validation
 from megasft.training.arguments import set_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -39,7 +47,7 @@ class RunData(NamedTuple):
     """What a run trains and validates on."""
 
     train: PlannedStore
-    valid: PlannedStore | None
+    valid: dict[str, PlannedStore]
 
 
 def open_data(args: Any) -> RunData:
@@ -52,8 +60,8 @@ def open_data(args: Any) -> RunData:
         FlagError: The stores' tokenizer does not fit the model.
     """
     train = _plan(args, args.megasft_data, mixture=args.megasft_mixture)
-    valid = _plan(args, [args.megasft_valid_data]) if args.megasft_valid_data else None
-    return RunData(train, valid)
+    stores = validation.named_stores(args.megasft_valid_data)
+    return RunData(train, {name: _plan(args, [path]) for name, path in stores.items()})
 
 
 def _plan(args: Any, paths: Sequence[str], *, mixture: str | None = None) -> PlannedStore:
@@ -83,20 +91,22 @@ def _plan(args: Any, paths: Sequence[str], *, mixture: str | None = None) -> Pla
         seed=args.seed,
         cache=Path(args.megasft_plan_cache) if args.megasft_plan_cache else None,
         draw=drawn,
+        packer=args.megasft_packer,
     )
     return PlannedStore(store, plan, drawn)
 
 
 def announce(args: Any, data: RunData) -> None:
     """Say what an epoch holds before the first step, and what was left out."""
-    named = (("train", data.train), ("validation", data.valid))
-    for name, planned in named:
-        if planned is None:
-            continue
+    apart = validation.reported_names(args.megasft_valid_data)
+    valid = {f"validation {name}" if apart else "validation": p for name, p in data.valid.items()}
+    for name, planned in ({"train": data.train} | valid).items():
         size = args.global_batch_size if name == "train" else args.eval_global_batch_size
         logger.info("%s: %s", name, planned.plan.summary(global_batch_size=size))
         if planned.draw is not None:
             _announce_draw(planned.draw, planned.plan, global_batch_size=size)
+        if name == "train":
+            row_order.announce(args, planned.plan)
         too_long = planned.plan.too_long
         if len(too_long):
             lost = int(planned.store.tokens.lengths[too_long].sum())
@@ -139,39 +149,47 @@ def check_length(args: Any, data: RunData) -> None:
 
 
 def set_eval_iters(args: Any, data: RunData) -> None:
-    """Make every evaluation cover the whole validation store, whatever its size."""
-    if data.valid is None:
-        args.eval_iters = 0
-    else:
-        args.eval_iters = -(-len(data.valid.plan) // args.eval_global_batch_size)
+    """Make every evaluation cover all validation stores, whatever their sizes."""
+    num_rows = sum(len(planned.plan) for planned in data.valid.values())
+    args.eval_iters = -(-num_rows // args.eval_global_batch_size)
 
 
 def datasets_provider(
     args: Any, data: RunData
-) -> Callable[[Any], tuple[PackedRows, PackedRows | None, None]]:
+) -> Callable[[Any], tuple[PackedRows, PackedRows | RowsOfSets | None, None]]:
     """Return what Megatron calls for its train, validation and test datasets."""
 
     def provide(
         _num_samples: Any, vp_stage: int | None = None
-    ) -> tuple[PackedRows, PackedRows | None, None]:
+    ) -> tuple[PackedRows, PackedRows | RowsOfSets | None, None]:
         from megatron.core import mpu
+        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 
-        def rows(planned: PlannedStore, order: RowOrder | WholeSet) -> PackedRows:
-            shape = RowShape(
-                row_tokens=planned.plan.row_tokens,
-                align_tokens=planned.plan.align_tokens,
-                pad_token=_pad_token(planned.store),
-                cp_rank=mpu.get_context_parallel_rank(),
-                cp_size=mpu.get_context_parallel_world_size(),
-            )
+        def rows(planned: PlannedStore, order: RowAtPosition) -> PackedRows:
             return PackedRows(planned.store, planned.plan.rows, order, length=ENDLESS, shape=shape)
 
-        train = rows(data.train, data.train.plan.order(seed=args.seed))
-        if data.valid is None:
+        shape = RowShape(
+            row_tokens=data.train.plan.row_tokens,
+            align_tokens=data.train.plan.align_tokens,
+            pad_token=_pad_token(data.train.store),
+            cp_rank=mpu.get_context_parallel_rank(),
+            cp_size=mpu.get_context_parallel_world_size(),
+        )
+        batch = BatchShape(
+            global_batch_size=get_current_running_global_batch_size(),
+            dp_size=mpu.get_data_parallel_world_size(),
+            micro_batch_size=args.micro_batch_size,
+        )
+        train = rows(data.train, row_order.training_order(args, data.train.plan, batch))
+        valid = [RowsOfStore(p.store, p.plan.rows, len(p.plan)) for p in data.valid.values()]
+        if not valid:
             return train, None, None
         period = args.eval_iters * args.eval_global_batch_size
-        whole = WholeSet(num_rows=len(data.valid.plan), period=period)
-        return train, rows(data.valid, whole), None
+        whole = WholeSet(num_rows=sum(rows.num_rows for rows in valid), period=period)
+        if validation.reported_names(args.megasft_valid_data):
+            return train, RowsOfSets(valid, whole, length=ENDLESS, shape=shape), None
+        (planned,) = data.valid.values()
+        return train, rows(planned, whole), None
 
     # Every rank builds its dataset: nothing is broadcast over tensor-parallel ranks.
     provide.is_distributed = True  # type: ignore[attr-defined]

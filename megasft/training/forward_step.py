@@ -17,6 +17,7 @@ from megasft.loss.loss_func import LossOutput, sft_loss
 from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
 from megasft.training.global_batch import GlobalBatches
 from megasft.training.probe import Probe
+from megasft.training.validation import loss_of_each_set, reported_names
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
 
@@ -31,9 +32,10 @@ def forward_step_func(
         batches: What the row plan knows of each global batch.
         probe: Sees, and may replace, each training share and its loss.
     """
+    names = reported_names(args.megasft_valid_data)
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, LossFunc]:
-        batch = next_batch(data_iterator)
+        batch, set_of_row = next_batch(data_iterator)
         if probe is not None and model.training:
             batch = probe.share(batch)
         cp_size = mpu.get_context_parallel_world_size()
@@ -57,20 +59,24 @@ def forward_step_func(
             packed_seq_params=row,
             **{name: mask.unsqueeze(0).to(device) for name, mask in masks.items()},
         )
-        return losses, _loss_func(args, batch, model.training, batches, probe)
+        loss = partial(sft_loss, objective=args.megasft_loss, dft_alpha=args.megasft_dft_alpha)
+        if model.training:
+            return losses, _training_loss(args, partial(loss, batch=batch), batch, batches, probe)
+        if set_of_row is not None:
+            return losses, loss_of_each_set(loss, batch, set_of_row=set_of_row, names=names)
+        return losses, partial(loss, batch=batch)
 
     return forward_step
 
 
-def _loss_func(
-    args: Any, batch: SFTBatch, is_training: bool, batches: GlobalBatches, probe: Probe | None
+def _training_loss(
+    args: Any,
+    loss: Callable[..., LossOutput],
+    batch: SFTBatch,
+    batches: GlobalBatches,
+    probe: Probe | None,
 ) -> LossFunc:
     """Return the loss of one share, with what only a training step knows."""
-    loss = partial(
-        sft_loss, batch=batch, objective=args.megasft_loss, dft_alpha=args.megasft_dft_alpha
-    )
-    if not is_training:
-        return loss
     ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
     loss = partial(
         loss,
@@ -93,10 +99,16 @@ def _mask_of_mtp(args: Any, batch: SFTBatch, *, cp_size: int) -> dict[str, torch
     return {"loss_mask": mask}
 
 
-def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> SFTBatch:
-    """Return the next share, on the host; the loader added a batch dimension of 1."""
-    fields = next(data_iterator)
-    return SFTBatch(**{name: fields[name].squeeze(0) for name in SFTBatch._fields})
+def next_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]],
+) -> tuple[SFTBatch, torch.Tensor | None]:
+    """Return the next share, on the host, and with several validation sets the set of each row.
+
+    The loader added a batch dimension of 1.
+    """
+    fields = {name: tensor.squeeze(0) for name, tensor in next(data_iterator).items()}
+    set_of_row = fields.pop("set_of_row", None)
+    return SFTBatch(**fields), set_of_row
 
 
 def _to_device(batch: SFTBatch, device: torch.device) -> SFTBatch:

@@ -15,7 +15,7 @@ class GlobalBatch(NamedTuple):
     """Contents of one global batch, over all ranks and micro-batches.
 
     Attributes:
-        rows: Rows of the plan, in the order of the run.
+        rows: Rows of the plan, in the order of the run before they are dealt to ranks.
         units: What the loss is divided by.
         labels: Label tokens.
         positions: Tokens, padding counted.

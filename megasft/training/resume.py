@@ -2,8 +2,9 @@
 
 The position of a run is one integer, Megatron's consumed samples; it means something only on the
 same row plan. So the plan's identity is saved with Megatron's flags in each checkpoint and compared
-before anything is loaded. The layout (TP, PP, DP, CP) is free: rows do not depend on it as long as
-``--megasft-align-tokens`` covers the context parallelism.
+before anything is loaded. The layout (TP, PP, DP, CP) and the sizes of batches are free: rows do
+not depend on them as long as ``--megasft-align-tokens`` covers the context parallelism, and dealing
+rows to ranks (``row_order.py``) stays within a global batch.
 """
 
 import logging
@@ -42,8 +43,8 @@ def check(args: Any, plan_identity: str) -> None:
     )
     raise FlagError(
         f"--load {args.load} was trained on other rows ({differences}), so its position means "
-        "nothing here; use the same stores, --megasft-mixture, --seq-length, --seed and "
-        "--megasft-align-tokens, or start anew from its weights with --finetune"
+        "nothing here; use the same stores, --megasft-mixture, --megasft-packer, --seq-length, "
+        "--seed and --megasft-align-tokens, or start anew from its weights with --finetune"
     )
 
 

@@ -38,6 +38,32 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, itemsize: int)
     assert token_dtype(vocab_size).itemsize == itemsize
 
 
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500])
+def test_several_samples_are_read_at_once_in_the_order_asked_for(
+    tmp_path: Path, vocab_size: int
+) -> None:
+    store = open_store(write(tmp_path / "store", vocab_size=vocab_size))
+
+    read = store.samples(np.array([2, 0, 1, 2]))
+
+    assert [tokens.tolist() for tokens in read.tokens] == [
+        *([9, 3, 3, 9], [5, 6, 7], [8], [9, 3, 3, 9]),
+    ]
+    assert read.turns[:, 0].tolist() == [1, 3, 1, 1, 3]
+    assert read.num_turns.tolist() == [2, 1, 0, 2]
+    none = store.samples(np.zeros(0, np.int64))
+    assert (len(none.tokens), none.turns.shape, len(none.num_turns)) == (0, (0, 4), 0)
+
+
+def test_an_empty_store_and_its_borders_are_read(tmp_path: Path) -> None:
+    assert open_store(write(tmp_path / "store")).turns.offsets.tolist() == [0, 4, 4, 12]
+    with StoreWriter(tmp_path / "empty", vocab_size=100) as writer:
+        writer.finish({"sources": SOURCES})
+    empty = open_store(tmp_path / "empty")
+    assert len(empty) == 0
+    assert empty.turns.offsets.tolist() == [0]
+
+
 def test_a_sample_knows_where_it_came_from(tmp_path: Path) -> None:
     store = open_store(write(tmp_path / "store"))
     assert [store.source_line(i) for i in range(3)] == [

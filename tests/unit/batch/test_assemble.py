@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasft.batch.assemble import assemble, join
+from megasft.batch.assemble import assemble
 from megasft.batch.context_parallel import shard
 from tests.stores import random_samples, sample
 
@@ -49,11 +49,7 @@ def test_a_row_of_padding_and_a_sample_without_turns_weigh_nothing() -> None:
 @given(st.integers(0, 20), st.sampled_from([1, 2, 4]))
 def test_cutting_a_micro_batch_loses_no_label_and_changes_no_fact(seed: int, cp_size: int) -> None:
     samples = random_samples(6, seed=seed, longest=30)
-    rows = [
-        assemble(part, row_tokens=96, align_tokens=8, pad_token=0)
-        for part in (samples[:3], samples[3:])
-    ]
-    whole = join(rows)
+    whole = assemble(samples, row_tokens=96, align_tokens=8, pad_token=0, samples_per_row=[3, 3])
 
     shares = [shard(whole, cp_rank=r, cp_size=cp_size) for r in range(cp_size)]
 
@@ -77,11 +73,14 @@ def test_turns_cut_by_context_parallelism_are_counted_once() -> None:
     assert all(set(s["turn_tokens"].tolist()) <= {0, 14} for s in shares)
 
 
-def test_joined_rows_keep_their_borders() -> None:
-    one = assemble([sample([1, 2, 3], (1, 1))], row_tokens=4, align_tokens=1, pad_token=0)
+def test_rows_of_a_micro_batch_keep_their_borders() -> None:
+    one = sample([1, 2, 3], (1, 1))
 
-    both = join([one, one])
+    both = assemble(
+        [one, one], row_tokens=4, align_tokens=1, pad_token=0, samples_per_row=[1, 0, 1]
+    )
 
-    assert both["cu_seqlens"].tolist() == [0, 3, 4, 7, 8]
-    assert both["cu_seqlens_unpadded"].tolist() == [0, 3, 3, 6, 6]
-    assert both["position_ids"].tolist() == [0, 1, 2, 0] * 2
+    assert both["cu_seqlens"].tolist() == [0, 3, 4, 8, 11, 12]
+    assert both["cu_seqlens_unpadded"].tolist() == [0, 3, 3, 3, 6, 6]
+    assert both["position_ids"].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 0]
+    assert both["labels"].tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megasft.draw import Draw, Stage
 from megasft.errors import PlanError
+from megasft.packing.pack import PACKERS
 from megasft.packing.plan import plan_rows
 from tests.stores import random_samples, sample, write_store
 
@@ -23,6 +24,8 @@ def test_a_plan_knows_what_each_row_holds(tmp_path: Path) -> None:
         assert plan.turns[r] == sum(len(s.turns) for s in inside)
         assert plan.labels[r] == sum(int(s.turns[:, 1].sum()) for s in inside)
         assert plan.tokens[r] == sum(len(s.tokens) for s in inside)
+        documents = [-(-len(s.tokens) // 4) * 4 for s in inside]
+        assert plan.squares[r] == sum(d * d for d in [*documents, 64 - sum(documents)])
     assert plan.turns.sum() == sum(len(s.turns) for s in samples)
 
 
@@ -89,12 +92,30 @@ def test_sizes_that_make_no_rows_are_refused(tmp_path: Path) -> None:
         plan_rows(store, row_tokens=8, align_tokens=1, seed=0)
 
 
+def test_each_packer_makes_its_own_plan(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(800, seed=1))
+    made = {
+        packer: plan_rows(store, row_tokens=512, align_tokens=4, seed=0, packer=packer)
+        for packer in PACKERS
+    }
+
+    assert len({plan.identity for plan in made.values()}) == len(PACKERS)
+    assert all(f", {packer}, " in plan.identity for packer, plan in made.items())
+    num_rows = {packer: len(plan) for packer, plan in made.items()}
+    assert num_rows["best_fit"] <= num_rows["balanced"] < num_rows["sequential"]
+    assert num_rows["sequential"] < num_rows["none"] == 800
+    spread = {packer: np.ptp(np.diff(plan.rows.borders)) for packer, plan in made.items()}
+    assert spread["balanced"] < spread["best_fit"] / 2
+
+
 def draw_of(*stages: list[int]) -> Draw:
     named = tuple(Stage(str(i), np.array(s, np.int64)) for i, s in enumerate(stages))
     return Draw("sequential", named, (), ())
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.lists(st.integers(0, 29), min_size=1, max_size=40), min_size=1, max_size=3))
 def test_rows_hold_what_was_drawn_stage_by_stage(tmp_path: Path, stages: list[list[int]]) -> None:
     """A sample drawn twice is there twice; counts of rows count it twice."""

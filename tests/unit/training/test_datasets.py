@@ -14,8 +14,10 @@ def flags(store: Path, **changes: Any) -> SimpleNamespace:
     good = {
         "megasft_data": [str(store)],
         "megasft_mixture": None,
-        "megasft_valid_data": str(store),
+        "megasft_valid_data": [str(store)],
         "megasft_align_tokens": 8,
+        "megasft_packer": "balanced",
+        "megasft_no_balance": True,
         "megasft_plan_cache": None,
         "context_parallel_size": 1,
         "tensor_model_parallel_size": 1,
@@ -72,8 +74,9 @@ def test_what_an_epoch_holds_and_what_is_left_out_is_said(
     with caplog.at_level(logging.INFO, "megasft"):
         datasets.announce(args, data)
 
-    epoch, left_out = caplog.messages
+    epoch, balance, left_out = caplog.messages
     assert "2 rows of 64 tokens (0.00 % padding), 3 samples, 3 turns, 128 tokens" in epoch
+    assert balance.endswith("rows are trained where they come, since --megasft-no-balance is given")
     assert "125 of them labels; an epoch is 0.50 iterations of 4 rows" in epoch
     assert "2 of 5 samples are longer than --seq-length 64 and are left out (170 tokens" in left_out
     assert left_out.endswith("first: made.jsonl:4)")
@@ -96,7 +99,7 @@ def test_evaluation_covers_the_whole_store_whatever_its_size(tmp_path: Path) -> 
 
     datasets.set_eval_iters(args, data)
     assert args.eval_iters == 3  # 9 rows in batches of 4, the last one filled up
-    datasets.set_eval_iters(args, data._replace(valid=None))
+    datasets.set_eval_iters(args, data._replace(valid={}))
     assert args.eval_iters == 0
 
 
@@ -130,5 +133,5 @@ def test_several_stores_and_a_mixture_make_one_plan_and_say_what_was_drawn(
     plain = datasets.open_data(flags(tmp_path / "one", megasft_data=stores))
     assert plain.train.plan.identity != plan.identity
     assert len(plain.train.plan) == 8
-    assert data.valid is not None
-    assert len(data.valid.plan) == 4  # the mixture is for training alone
+    (valid,) = data.valid.values()
+    assert len(valid.plan) == 4  # the mixture is for training alone

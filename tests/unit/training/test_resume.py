@@ -8,7 +8,8 @@ import pytest
 from megasft.errors import FlagError
 from megasft.training import resume
 
-PLAN = "plan version 1, best_fit, store abc, 9 samples, row_tokens 64, align_tokens 8, seed 1"
+PLAN = "plan version 1, balanced, store abc, 9 samples, row_tokens 64, align_tokens 8, seed 1"
+OTHER_PACKER = PLAN.replace("balanced", "best_fit")
 
 
 def flags() -> Any:
@@ -20,10 +21,11 @@ def flags() -> Any:
     [
         (PLAN, f"{PLAN}, mixture mixed 12ab", "checkpoint: no mixture, this run: mixture mixed 12"),
         (f"{PLAN}, mixture mixed 12ab", PLAN, "mixture mixed 12ab, this run: no mixture"),
+        (OTHER_PACKER, PLAN, "checkpoint: best_fit, this run: balanced.*use .* --megasft-packer"),
         (f"{PLAN}, mixture mixed 1", f"{PLAN}, mixture sequential 1", "mixed 1, this run: mixture"),
     ],
 )
-def test_another_mixture_is_other_rows(
+def test_another_mixture_or_packer_is_other_rows(
     monkeypatch: pytest.MonkeyPatch, saved: str, ours: str, difference: str
 ) -> None:
     monkeypatch.setattr(resume, "_saved_identity", lambda _: saved)

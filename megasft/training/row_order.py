@@ -1,0 +1,107 @@
+"""In which order a run trains its rows: the plan's order, each global batch dealt to ranks by cost.
+
+The deal needs to know where global batches start. That follows from the consumed samples Megatron
+resumes at and one batch size, so with a batch size that changes during the run rows are trained
+where they come, and the log says so. Computing the schedule here was rejected: it is Megatron's, in
+two flags, and a ramp-up is short.
+"""
+
+import logging
+from typing import Any, Final
+
+import numpy as np
+
+from megasft.packing.balance import BatchShape, Cost, DealtOrder, cost_of_model, slowest_over_mean
+from megasft.packing.order import RowOrder
+from megasft.packing.plan import RowPlan
+
+logger = logging.getLogger(__name__)
+
+BATCHES_LOOKED_AT: Final = 50
+"""Global batches the predicted gain is averaged over."""
+
+
+def training_order(args: Any, plan: RowPlan, shape: BatchShape) -> RowOrder | DealtOrder:
+    """Return the row at each position of the run, from Megatron's consumed samples on.
+
+    Args:
+        args: Megatron's flags, after a checkpoint was loaded.
+        plan: The rows of the training store.
+        shape: Of the global batches to come.
+    """
+    order = plan.order(seed=args.seed)
+    if why_not_dealt(args) is not None:
+        return order
+    costs = cost_of(args).of(plan.row_tokens, plan.squares)
+    return DealtOrder(order, costs, shape, start=int(args.consumed_train_samples))
+
+
+def why_not_dealt(args: Any) -> str | None:
+    """Return why rows are trained where they come; None when they are dealt."""
+    if args.megasft_no_balance:
+        return "--megasft-no-balance is given"
+    changing = {
+        "--rampup-batch-size": args.rampup_batch_size,
+        "--step-batch-size-schedule": args.step_batch_size_schedule,
+        "--phase-transition-iterations": args.phase_transition_iterations,
+    }
+    given = [flag for flag, value in changing.items() if value]
+    return f"{given[0]} moves the edges of global batches" if given else None
+
+
+def cost_of(args: Any) -> Cost:
+    """Return the cost of a document to Megatron's model.
+
+    Experts are counted in every layer, and multi-latent attention as plain attention: only the
+    ratio of the two costs matters, and a deal by a ratio somewhat off is still a good one.
+    """
+    heads, channels = args.num_attention_heads, args.kv_channels
+    key_heads = args.num_query_groups if args.group_query_attention else heads
+    ffn_size = args.ffn_hidden_size
+    if args.num_experts:
+        ffn_size = (args.moe_ffn_hidden_size or ffn_size) * args.moe_router_topk
+        ffn_size += args.moe_shared_expert_intermediate_size or 0
+    return cost_of_model(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        attention_size=heads * channels,
+        key_value_size=key_heads * channels,
+        mlp_weights=(3 if args.swiglu else 2) * args.hidden_size * ffn_size,
+        vocab_size=args.padded_vocab_size,
+    )
+
+
+def announce(args: Any, plan: RowPlan) -> None:
+    """Say how even the work of several ranks will be, or why rows are not dealt."""
+    why_not = why_not_dealt(args)
+    if why_not is not None:
+        logger.info("balance: rows are trained where they come, since %s", why_not)
+        return
+    if args.data_parallel_size == 1:
+        return
+    shape = BatchShape(args.global_batch_size, args.data_parallel_size, args.micro_batch_size)
+    per_pass = shape.dp_size * shape.micro_batch_size
+    shape = shape._replace(global_batch_size=shape.global_batch_size // per_pass * per_pass)
+    order, costs = plan.order(seed=args.seed), cost_of(args).of(plan.row_tokens, plan.squares)
+    num_batches = min(BATCHES_LOOKED_AT, -(-len(plan) // shape.global_batch_size))
+    logger.info(
+        "balance: the slowest of %d data-parallel ranks takes %.3f times the mean of them, and "
+        "%.3f times without the deal (%d global batches)",
+        shape.dp_size,
+        _slowest(DealtOrder(order, costs, shape), costs, shape, num_batches),
+        _slowest(order, costs, shape, num_batches),
+        num_batches,
+    )
+
+
+def _slowest(
+    order: RowOrder | DealtOrder, costs: Any, shape: BatchShape, num_batches: int
+) -> float:
+    size, dp_size, micro_batch_size = shape
+    ratios = []
+    for first in range(0, num_batches * size, size):
+        trained = costs[[order[k] for k in range(first, first + size)]]
+        ratios.append(
+            slowest_over_mean(trained, dp_size=dp_size, micro_batch_size=micro_batch_size)
+        )
+    return float(np.mean(ratios))
