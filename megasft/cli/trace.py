@@ -123,7 +123,9 @@ def trace(
 
 
 def _check_flags(
-    what: dict[str, int | None], sizes: dict[str, int | None], plan: dict[str, int | str | Path | None]
+    what: dict[str, int | None],
+    sizes: dict[str, int | None],
+    plan: dict[str, int | str | Path | None],
 ) -> None:
     """Refuse what is missing, and what would have no effect."""
     given = [flag for flag, value in what.items() if value is not None]
