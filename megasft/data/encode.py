@@ -18,10 +18,10 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol
 
+import gigatoken
 import numpy as np
 import numpy.typing as npt
 
-from megasft.compat import has
 from megasft.data.conversation import UnfaithfulError
 from megasft.data.turn_bounds import Span
 from megasft.errors import DataError
@@ -60,8 +60,6 @@ class Encoded(NamedTuple):
 class Encoder(Protocol):
     """What encodes renders."""
 
-    name: str
-
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the tokens of some texts; special tokens in them become control tokens."""
         ...
@@ -84,7 +82,6 @@ class HuggingFaceEncoder:
         backend.no_padding()
         backend.post_processor = None
         self._backend, self._place = backend, place
-        self.name = "tokenizers"
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Return the tokens of some texts; special tokens in them become control tokens."""
@@ -134,7 +131,6 @@ class GigatokenEncoder:
         self._lengths = np.zeros(max(lengths) + 1, np.int64)
         self._lengths[list(lengths)] = list(lengths.values())
         self._num_checked = 0
-        self.name = "gigatoken"
         self.check(_TRAPS)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -187,15 +183,13 @@ def make_encoder(tokenizer_json: str, reference: HuggingFaceEncoder, wanted: str
     Args:
         tokenizer_json: The tokenizer.
         reference: The same one.
-        wanted: One of ``ENCODERS``; ``auto`` tries gigatoken where it is installed.
+        wanted: One of ``ENCODERS``; ``auto`` tries gigatoken.
 
     Raises:
         UnfaithfulError: gigatoken takes the tokenizer and encodes otherwise.
     """
-    if wanted != "auto" or not has("gigatoken") or not _is_byte_level(tokenizer_json):
+    if wanted != "auto" or not _is_byte_level(tokenizer_json):
         return reference
-    import gigatoken
-
     try:
         fast = gigatoken.Tokenizer.from_json(tokenizer_json)
         return GigatokenEncoder(fast, reference)

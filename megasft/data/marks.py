@@ -29,6 +29,7 @@ from typing import Final
 
 from megasft.data.chat_template import CLOSE, OPEN, ChatTemplate
 from megasft.data.conversation import REASONING_KEYS, BadRecordError, Conversation, Message
+from megasft.data.shape import split_blanks
 
 MARKS: Final = re.compile(f"[{OPEN}{CLOSE}]")
 Block = tuple[int, int, int]  # first character, one behind the last, message
@@ -127,20 +128,13 @@ def _around(content: str) -> str:
 
 
 def _around_stripped(content: str) -> str:
-    lead, body, tail = _split_blanks(content)
+    lead, body, tail = split_blanks(content)
     return f"{lead}{OPEN}{body}{CLOSE}{tail}"
 
 
 def _behind_stripped(content: str) -> str:
-    lead, body, tail = _split_blanks(content)
+    lead, body, tail = split_blanks(content)
     return f"{lead}{body}{CLOSE}{tail}"
-
-
-def _split_blanks(content: str) -> tuple[str, str, str]:
-    # "  a b\n" -> "  ", "a b", "\n"
-    body = content.strip()
-    lead = content[: len(content) - len(content.lstrip())] if body else ""
-    return lead, body, content[len(lead) + len(body) :]
 
 
 Places = list[tuple[str, int]]

@@ -95,12 +95,6 @@ class Probe(NamedTuple):
     leaves: list[Leaf]
 
 
-def blanks_of(content: str | None) -> tuple[str, str]:
-    """Return the white space before and behind a text; all of it counts as before if no word is."""
-    lead, _, tail = _split(content or "")
-    return lead, tail
-
-
 Put = Callable[[str, str], str]
 
 
@@ -134,12 +128,12 @@ def _rewritten(message: Message, put: Put) -> dict[str, Any]:
 
 
 def _text(text: str, put: Put, kind: str = TEXT) -> str:
-    lead, body, tail = _split(text)
+    lead, body, tail = split_blanks(text)
     return f"{lead}{put(body, kind)}{tail}" if body else text
 
 
 def _thinking(content: str, put: Put) -> str:
-    lead, body, tail = _split(content)
+    lead, body, tail = split_blanks(content)
     found = _THINKING.fullmatch(body)
     if found is None:
         return _text(content, put)
@@ -160,12 +154,15 @@ def _call(call: Any, put: Put) -> Any:
     return {**call, "function": renamed} if "function" in call else renamed
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    # "  a b\n" -> "  ", "a b", "\n"
+def split_blanks(text: str) -> tuple[str, str, str]:
+    """Return the white space before, the body, and the white space behind; without body, behind.
+
+    Example:
+        >>> split_blanks("  a b ")
+        ('  ', 'a b', ' ')
+    """
     body = text.strip()
-    if not body:
-        return text, "", ""
-    start = text.index(body[0]) if text[0].isspace() else 0
+    start = text.index(body[0]) if body else 0
     return text[:start], body, text[start + len(body) :]
 
 

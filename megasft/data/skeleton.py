@@ -106,23 +106,18 @@ def learn(
     glue = [text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True)]
     pieces = [""] * (2 * len(found) + 1)
     pieces[::2] = glue
-    edges = [
-        (_edge(span.start, borders), _edge(span.end, borders), span.stop, span.message)
-        for span in spans
-    ]
-    if any(a is None or b is None for a, b, _, _ in edges):
-        return None
-    kept = tuple(
-        SkeletonSpan(a, b, stop, message)
-        for a, b, stop, message in edges
-        if a is not None and b is not None
-    )
+    kept = []
+    for span in spans:
+        start, end = _edge(span.start, borders), _edge(span.end, borders)
+        if start is None or end is None:
+            return None
+        kept.append(SkeletonSpan(start, end, span.stop, span.message))
     levels = tuple(name.level for name in found)
     return Skeleton(
         tuple(pieces),
         tuple(order),
         levels if any(levels) else (),
-        kept,
+        tuple(kept),
         stripped,
         len(asked.leaves),
     )

@@ -118,7 +118,7 @@ class Tokenizer:
         self._folder = open_folder(recipe.tokenizer, chat_template=recipe.chat_template)
         self._specials = SpecialTokens(self._folder.control_tokens(), recipe.special_tokens_in_text)
         self._stops = self._folder.stops
-        self._renderers: dict[str, Renderer] = {}
+        self._renderers: dict[bool, Renderer] = {}
         backend = self._folder.hf.backend_tokenizer
         self._source = backend.to_str()
         self._reference = HuggingFaceEncoder(backend, str(recipe.tokenizer))
@@ -156,16 +156,16 @@ class Tokenizer:
             conversation: What to render.
             check: Compare the render with the template's own.
         """
-        template = self._folder.template(has_tools=bool(conversation.tools))
-        if template not in self._renderers:
-            self._renderers[template] = Renderer(
-                template,
+        has_tools = bool(conversation.tools)
+        if has_tools not in self._renderers:
+            self._renderers[has_tools] = Renderer(
+                self._folder.template(has_tools=has_tools),
                 special_tokens=self._folder.hf.special_tokens_map,
                 stops=self._stops,
                 specials=self._specials,
                 options=self._recipe.rendering,
             )
-        rendered = self._renderers[template].render(conversation, check=check)
+        rendered = self._renderers[has_tools].render(conversation, check=check)
         if self._recipe.fields.train_on == "everything":
             return rendered._replace(spans=(Span(0, len(rendered.text), None, 0),))
         return rendered

@@ -134,6 +134,8 @@ def test_a_number_out_of_range_is_refused_with_the_range(store: Path, megasft: M
         (["--step", 1, "--seq-length", 64], "--step needs --global-batch-size"),
         (["--sample", 1, "--seed", 1], "--seed has no effect without --seq-length"),
         (["--row", 1, "--seq-length", 64, "--tokenizer", "x"], "--tokenizer has no effect"),
+        (["--sample", 1, "--packer", "none"], "--packer has no effect without --seq-length"),
+        (["--row", 1, "--seq-length", 64, "--packer", "x"], "--packer x is not one of balanced"),
     ],
 )
 def test_what_is_missing_or_without_effect_is_refused(

@@ -17,6 +17,7 @@ from megasft.errors import DataError
 from megasft.schema import TURN_FIELDS
 from megasft.store import TokenStore, open_store
 from tests.tiny_tokenizer import CHATML, make_tokenizer
+from tests.unit.data.wrong_gigatoken import Wrong
 
 NUM_TOKENS, CATEGORY = TURN_FIELDS.index("num_tokens"), TURN_FIELDS.index("category_id")
 
@@ -144,14 +145,6 @@ def test_a_wrong_gigatoken_makes_the_build_begin_again_without_it(
 
     records = [turns_of("Hello"), turns_of("zebra")]
     _, wanted = make(*records, encoder="tokenizers")
-
-    class Wrong:
-        def __init__(self, right: Any) -> None:
-            self._right, self.vocab = right, right.vocab
-
-        def encode(self, data: bytes) -> Any:
-            ids = self._right.encode(data)
-            return ids[::-1] if b"zebra" in data else ids
 
     right = gigatoken.Tokenizer.from_json
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda source: Wrong(right(source)))

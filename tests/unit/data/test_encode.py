@@ -4,7 +4,6 @@ import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import gigatoken
 import numpy as np
@@ -26,6 +25,7 @@ from megasft.data.tokenize import Made, Recipe, Tokenizer
 from megasft.data.tokenizer_folder import load_tokenizer
 from megasft.data.turn_bounds import Span
 from tests.tiny_tokenizer import make_tokenizer
+from tests.unit.data.wrong_gigatoken import Wrong
 
 TEXT = st.text(max_size=40) | st.text(st.sampled_from("ab \n你😀é<|im_end|>"), max_size=40)
 
@@ -92,17 +92,6 @@ def test_a_text_that_a_normalizer_changes_is_left_to_the_library() -> None:
     got, want = fast.encode(texts), reference.encode(texts)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.tolist() == theirs.tolist()
-
-
-class Wrong:
-    """A gigatoken that encodes one word otherwise."""
-
-    def __init__(self, right: Any) -> None:
-        self._right, self.vocab = right, right.vocab
-
-    def encode(self, data: bytes) -> Any:
-        ids = self._right.encode(data)
-        return ids[::-1] if b"zebra" in data else ids
 
 
 def test_one_differing_id_is_found() -> None:
