@@ -39,7 +39,7 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megasft.training import arguments, datasets, hooks, resume
+    from megasft.training import arguments, datasets, hooks, resume, row_order
     from megasft.training.forward_step import forward_step_func
     from megasft.training.global_batch import GlobalBatches
     from megasft.training.model import model_config
@@ -47,7 +47,8 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     args: Any = arguments.parse(argv)
     arguments.check(args)
     data = datasets.open_data(args)
-    resume.check(args, data.train.plan.identity)
+    window = row_order.cost_window(args)
+    resume.check(args, row_order.identity(data.train.plan, window))
     validate_args(args)
     datasets.set_eval_iters(args, data)
     datasets.announce(args, data)
@@ -55,7 +56,9 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     set_global_variables(args)
 
     model = model_config(args)
-    batches = GlobalBatches(data.train.plan, seed=args.seed, objective=args.megasft_loss)
+    batches = GlobalBatches(
+        data.train.plan, seed=args.seed, objective=args.megasft_loss, window=window
+    )
     hooks.install(model.transformer, args, batches, probe)
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(

@@ -4,7 +4,8 @@ Others: best fit decreasing sample by sample, first fit in the order of the data
 where it is installed. All run in this process, one after the other; seconds are of CPU.
 A step is simulated as its slowest rank: data-parallel ranks train their micro-batches one after
 another, rows come in a random order as in training. "undealt" is time over that of ranks which end
-together; "dealt" is the same after `megasft.packing.balance.deal`.
+together; "dealt" is the same after `megasft.packing.balance.deal`, "window" with the rows of WINDOW
+neighbouring global batches sorted by cost before (`--megasft-cost-window`).
 
 Usage: python tools/bench_packing.py --seeds 0 1
        python tools/bench_packing.py --sets chat_1m --packers balanced best_fit trl
@@ -24,11 +25,14 @@ import numpy.typing as npt
 from bench_packing_lengths import LENGTH_SETS, Lengths, cost
 from bench_packing_others import TrlPacker, best_fit_one_by_one, first_fit
 
-from megasft.packing.balance import LLAMA_8B, deal, slowest_over_mean
+from megasft.packing.balance import LLAMA_8B, BatchShape, DealtOrder, slowest_over_mean
+from megasft.packing.cost_window import CostWindow, WindowedOrder
+from megasft.packing.order import RowAtPosition, RowOrder
 from megasft.packing.pack import PACKERS
 from megasft.packing.rows import Rows
 
 MICRO_BATCHES = 4
+WINDOW = 4
 OURS = tuple(name for name in PACKERS if name != "none")
 OTHERS = ("plain_best_fit", "first_fit", "trl")
 
@@ -51,6 +55,7 @@ class Figures(NamedTuple):
     spread: float
     undealt: float
     dealt: float
+    window: float
 
 
 def main() -> int:
@@ -59,8 +64,8 @@ def main() -> int:
     packers = dict(packers_named(args.packers))
     print(f"{platform.machine()}, {os.cpu_count()} cores, numpy {np.__version__}")
     print("| set | seed | packer | rows | over the bound | CPU s | x time of the first packer "
-          "| max / mean cost | spread of samples a row | undealt | dealt |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+          "| max / mean cost | spread of samples a row | undealt | dealt | window |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     measured: dict[tuple[str, str], list[Figures]] = {}
     for name in args.sets:
         for seed in args.seeds or [LENGTH_SETS[name].seed]:
@@ -88,7 +93,7 @@ def measure(
     squares = np.bincount(packed.row_of, packed.lengths.astype(np.float64) ** 2)
     samples = np.bincount(packed.row_of)
     known = LLAMA_8B.of(tokens.astype(np.int64), squares.astype(np.int64))
-    undealt, dealt = step_time(costs, known, dp_size)
+    undealt, dealt, window = step_times(costs, known, dp_size)
     return Figures(
         rows=num_rows,
         over_bound=num_rows / -(-int(lengths.sum()) // row_tokens) - 1,
@@ -97,25 +102,36 @@ def measure(
         spread=float(samples.std() / samples.mean()),
         undealt=undealt,
         dealt=dealt,
+        window=window,
     )
 
 
-def step_time(
+def step_times(
     costs: npt.NDArray[np.float64], known: npt.NDArray[np.float64], dp_size: int
-) -> tuple[float, float]:
-    """Return the time of an epoch over the ideal, undealt and dealt by the costs ``deal`` knows."""
-    size = dp_size * MICRO_BATCHES
-    order = np.random.default_rng(0).permutation(len(costs))
-    ideal, undealt, dealt = 0.0, 0.0, 0.0
-    for batch in order[: len(order) // size * size].reshape(-1, size):
-        places = deal(known[batch], dp_size=dp_size, micro_batch_size=1)
-        here, there = (
-            slowest_over_mean(costs[rows], dp_size=dp_size, micro_batch_size=1)
-            for rows in (batch, batch[places])
-        )
-        total = float(costs[batch].sum())
-        ideal, undealt, dealt = ideal + total, undealt + here * total, dealt + there * total
-    return undealt / ideal, dealt / ideal
+) -> tuple[float, float, float]:
+    """Return the time of an epoch over the ideal: undealt, dealt, and dealt with a window.
+
+    Args:
+        costs: Of each row, by the model of the length sets.
+        known: What the deal goes by.
+        dp_size: Data-parallel ranks.
+    """
+    shape = BatchShape(dp_size * MICRO_BATCHES, dp_size, 1)
+    size = shape.global_batch_size
+    order = RowOrder(num_rows=len(costs), seed=0)
+    window = WindowedOrder(order, known, CostWindow(WINDOW, size))
+
+    def over_ideal(rows: RowAtPosition) -> float:
+        slowest, ideal = 0.0, 0.0
+        for first in range(0, len(costs) // size * size, size):
+            batch = costs[[rows[k] for k in range(first, first + size)]]
+            total = float(batch.sum())
+            ideal += total
+            slowest += total * slowest_over_mean(batch, dp_size=dp_size, micro_batch_size=1)
+        return slowest / ideal
+
+    dealt = [DealtOrder(rows, known, shape) for rows in (order, window)]
+    return over_ideal(order), over_ideal(dealt[0]), over_ideal(dealt[1])
 
 
 def packers_named(names: list[str]) -> Iterator[tuple[str, Callable[[Lengths, int], Packed]]]:
@@ -200,7 +216,8 @@ def line(name: str, seed: int, packer: str, figures: Figures, first: float) -> s
     return (
         f"| {name} | {seed} | {packer} | {figures.rows:,} | {100 * figures.over_bound:.3f} % "
         f"| {figures.cpu_seconds:.2f} | {figures.cpu_seconds / first:.1f} | {figures.dearest:.3f} "
-        f"| {figures.spread:.3f} | {figures.undealt:.3f} | {figures.dealt:.3f} |"
+        f"| {figures.spread:.3f} | {figures.undealt:.3f} | {figures.dealt:.3f} "
+        f"| {figures.window:.3f} |"
     )
 
 

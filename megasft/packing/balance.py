@@ -9,7 +9,8 @@ Rows are first grouped into micro-batches, whatever the number of ranks, and the
 ranks. So the losses that are means over a micro-batch (a router's) still do not depend on data
 parallelism; grouping and dealing at once would be a little more even and give that up. Each rank
 trains its dearest micro-batch first, so ranks that meet within a step (expert parallelism) meet at
-like micro-batches. Rejected: sorting rows over neighbouring batches, which changes what a batch is.
+like micro-batches. Sorting rows over neighbouring batches would do more and change what a batch is;
+it has to be asked for (``cost_window.py``).
 """
 
 from typing import Final, NamedTuple
@@ -17,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megasft.packing.order import RowOrder
+from megasft.packing.order import RowAtPosition
 
 EVEN: Final = 1.002
 """Heaviest group over the mean at which swapping ends."""
@@ -197,6 +198,7 @@ class DealtOrder:
         start: Position at which a global batch starts; those before it are not asked for.
 
     Example:
+        >>> from megasft.packing.order import RowOrder
         >>> order = RowOrder(num_rows=8, seed=1)
         >>> dealt = DealtOrder(order, np.arange(8.0), BatchShape(4, 2, 1))
         >>> sorted(dealt[k] for k in range(4)) == sorted(order[k] for k in range(4))
@@ -205,7 +207,7 @@ class DealtOrder:
 
     def __init__(
         self,
-        order: RowOrder,
+        order: RowAtPosition,
         row_costs: npt.NDArray[np.float64],
         shape: BatchShape,
         *,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megasft.packing.best_fit import fill
-from megasft.packing.rows import Rows, aligned, gather, longest_first
+from megasft.packing.rows import Rows, Seed, aligned, gather, longest_first
 
 EVEN_TOKENS: Final = 49_000
 """Length of a document whose attention costs as much as all the rest: about that of a Llama 3 8B
@@ -33,7 +33,7 @@ ROWS_ADDED: Final = 0.001
 
 
 def balanced(
-    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: int = 0
+    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: Seed = 0
 ) -> Rows:
     """Pack samples into rows of like cost.
 

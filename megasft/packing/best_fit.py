@@ -13,13 +13,13 @@ from collections import defaultdict
 import numpy as np
 import numpy.typing as npt
 
-from megasft.packing.rows import Rows, aligned, gather, longest_first
+from megasft.packing.rows import Rows, Seed, aligned, gather, longest_first
 
 _NO_ROWS = np.zeros(0, np.int64)
 
 
 def best_fit(
-    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: int = 0
+    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: Seed = 0
 ) -> Rows:
     """Pack samples into rows, longest first, each into the fullest row that still takes it.
 

@@ -10,11 +10,11 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from megasft.packing.rows import Rows, aligned
+from megasft.packing.rows import Rows, Seed, aligned
 
 
 def sequential(
-    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: int = 0
+    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: Seed = 0
 ) -> Rows:
     """Fill row after row with the samples as they come; a ``Packer`` that needs no seed.
 
@@ -33,7 +33,7 @@ def sequential(
 
 
 def one_each(
-    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: int = 0
+    lengths: npt.NDArray[np.int64], *, row_tokens: int, align_tokens: int = 1, seed: Seed = 0
 ) -> Rows:
     """Give each sample a row of its own; a ``Packer`` that needs no seed."""
     aligned(lengths, row_tokens=row_tokens, align_tokens=align_tokens)

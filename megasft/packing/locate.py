@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megasft.packing.cost_window import CostWindow
 from megasft.packing.plan import RowPlan
 
 
@@ -27,7 +28,14 @@ def rows_of_sample(plan: RowPlan, sample: int) -> list[int]:
     return rows
 
 
-def rows_of_step(plan: RowPlan, *, step: int, global_batch_size: int, seed: int) -> list[int]:
+def rows_of_step(
+    plan: RowPlan,
+    *,
+    step: int,
+    global_batch_size: int,
+    seed: int,
+    window: CostWindow | None = None,
+) -> list[int]:
     """Return the rows of a global batch, in the order of the run before they are dealt to ranks.
 
     Args:
@@ -35,14 +43,22 @@ def rows_of_step(plan: RowPlan, *, step: int, global_batch_size: int, seed: int)
         step: Iteration, from 1 on; a run goes through epoch after epoch, so it has no end.
         global_batch_size: Rows of a step (Megatron's ``--global-batch-size``).
         seed: Seed of the run (Megatron's ``--seed``).
+        window: The run's ``--megasft-cost-window``.
     """
-    order = plan.order(seed=seed)
+    order = plan.order(seed=seed, window=window)
     first = (step - 1) * global_batch_size
     return [order[k] for k in range(first, first + global_batch_size)]
 
 
-def first_step_of_row(plan: RowPlan, row: int, *, global_batch_size: int, seed: int) -> int:
+def first_step_of_row(
+    plan: RowPlan,
+    row: int,
+    *,
+    global_batch_size: int,
+    seed: int,
+    window: CostWindow | None = None,
+) -> int:
     """Return the step, from 1 on, of the first epoch that trains a row."""
-    order = plan.order(seed=seed)
+    order = plan.order(seed=seed, window=window)
     position = next(k for k in range(len(plan)) if order[k] == row)
     return position // global_batch_size + 1

@@ -11,9 +11,16 @@ twice (``sample_rate: 2``): an order that repeats some epochs would need a secon
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class RowAtPosition(Protocol):
+    """Which row of the plan a run trains at a position."""
+
+    def __getitem__(self, position: int) -> int: ...
 
 
 class RowOrder:

@@ -15,3 +15,6 @@ PACKERS: Final[dict[str, Packer]] = {
 }
 
 DEFAULT_PACKER: Final = "balanced"
+
+KEEP_ORDER: Final = frozenset({"sequential", "none"})
+"""Packers that make the same rows whatever the seed."""

@@ -9,6 +9,9 @@ but made again.
 With a mixture the plan holds the samples it drew, one drawn twice in two places, so a new mixture
 needs no new tokens. Rows are packed within a stage of the curriculum, and stages follow each other;
 each costs a last row that is not full.
+
+Epochs train the same rows in another order, unless several packings are asked for: these are stages
+of one long plan, so that the position of a run stays one integer whatever their numbers of rows.
 """
 
 import hashlib
@@ -27,9 +30,10 @@ import numpy.typing as npt
 
 from megasft.draw import Draw
 from megasft.errors import PlanError
-from megasft.packing.order import RowOrder
+from megasft.packing.cost_window import CostWindow, WindowedOrder
+from megasft.packing.order import RowAtPosition, RowOrder
 from megasft.packing.pack import DEFAULT_PACKER, PACKERS
-from megasft.packing.rows import Packer, Rows
+from megasft.packing.rows import Packer, Rows, Seed
 from megasft.schema import TURN_FIELDS
 from megasft.store import TokenStore
 
@@ -55,6 +59,7 @@ class RowPlan:
         too_long: int64. Samples that fit no row and are left out.
         identity: Everything the rows depend on, readable; a run resumes on no other plan.
         stages: Row at which each stage starts, and where the last ends.
+        num_packings: How often every sample is in the plan, each time in other rows.
     """
 
     rows: Rows
@@ -68,25 +73,46 @@ class RowPlan:
     too_long: npt.NDArray[np.int64]
     identity: str
     stages: tuple[int, ...]
+    num_packings: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def order(self, *, seed: int) -> RowOrder:
-        """Return the order in which a run with this seed trains the rows."""
-        return RowOrder(num_rows=len(self), seed=seed, stages=self.stages)
+    @property
+    def epoch_rows(self) -> float:
+        """Rows of an epoch; with several packings the mean, because they may differ by some."""
+        return len(self) / self.num_packings
+
+    def order(self, *, seed: int, window: CostWindow | None = None) -> RowAtPosition:
+        """Return the order in which a run trains the rows, before they are dealt to ranks.
+
+        Args:
+            seed: Of the run.
+            window: Sort neighbouring global batches by cost.
+        """
+        order = RowOrder(num_rows=len(self), seed=seed, stages=self.stages)
+        return order if window is None else WindowedOrder(order, self.squares, window)
 
     def summary(self, *, global_batch_size: int) -> str:
         """Return one line with what an epoch holds, in rows, turns, tokens and iterations."""
-        total = len(self) * self.row_tokens
-        padding = 100 * (1 - int(self.tokens.sum()) / total)
-        in_stages = " + ".join(f"{b - a:,}" for a, b in pairwise(self.stages))
-        stages = f" in {len(self.stages) - 1} stages, {in_stages}" if len(self.stages) > 2 else ""
+        padding = 100 * (1 - int(self.tokens.sum()) / (len(self) * self.row_tokens))
+        num_stages = (len(self.stages) - 1) // self.num_packings
+        in_stages = " + ".join(f"{b - a:,}" for a, b in pairwise(self.stages[: num_stages + 1]))
+        stages = f" in {num_stages} stages, {in_stages}" if num_stages > 1 else ""
+        several = self.num_packings > 1
+        end = f" in {self.num_packings} packings, one an epoch:" if several else ","
+        all_epochs = (
+            self.rows.samples.size,
+            self.turns.sum(),
+            self.tokens.sum(),
+            self.labels.sum(),
+        )
+        samples, turns, tokens, labels = (int(n) // self.num_packings for n in all_epochs)
         return (
-            f"{len(self):,} rows of {self.row_tokens:,} tokens ({padding:.2f} % padding){stages}, "
-            f"{len(self.rows.samples):,} samples, {int(self.turns.sum()):,} turns, "
-            f"{int(self.tokens.sum()):,} tokens, {int(self.labels.sum()):,} of them labels; "
-            f"an epoch is {len(self) / global_batch_size:,.2f} iterations of "
+            f"{len(self):,} rows of {self.row_tokens:,} tokens ({padding:.2f} % padding){stages}"
+            f"{end} {samples:,} samples, {turns:,} turns, "
+            f"{tokens:,} tokens, {labels:,} of them labels; "
+            f"an epoch is {self.epoch_rows / global_batch_size:,.2f} iterations of "
             f"{global_batch_size:,} rows"
         )
 
@@ -100,6 +126,7 @@ def plan_rows(
     cache: Path | None = None,
     draw: Draw | None = None,
     packer: str = DEFAULT_PACKER,
+    num_packings: int = 1,
 ) -> RowPlan:
     """Make or read the row plan of a store.
 
@@ -111,6 +138,7 @@ def plan_rows(
         cache: Folder for the plan; the store's own ``row_plans`` when not given.
         draw: What a mixture drew from the store; every sample once when not given.
         packer: A name of ``PACKERS``.
+        num_packings: Epochs until the rows of the first come again.
 
     Raises:
         PlanError: Rows do not divide by the alignment, or no sample fits.
@@ -135,15 +163,17 @@ def plan_rows(
         )
     folder = cache or store.path / "row_plans"
     identity = _identity(store, row_tokens, align_tokens, seed, draw, packer)
+    if num_packings > 1:
+        identity += f", {num_packings} packings"
     cached = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
-    planned = _read(cached, num_samples=sum(map(len, kept)))
+    planned = _read(cached, num_samples=num_packings * sum(map(len, kept)))
     if planned is None:
         planned = _pack(
             PACKERS[packer],
             *(kept, lengths),
             row_tokens=row_tokens,
             align_tokens=align_tokens,
-            seed=seed,
+            seeds=[seed, *([seed, number] for number in range(1, num_packings))],
         )
         _write(cached, *planned)
     rows, stages = planned
@@ -157,6 +187,7 @@ def plan_rows(
         too_long=too_long,
         identity=identity,
         stages=stages,
+        num_packings=num_packings,
     )
 
 
@@ -192,18 +223,21 @@ def _pack(
     *,
     row_tokens: int,
     align_tokens: int,
-    seed: int,
+    seeds: Sequence[Seed],
 ) -> tuple[Rows, tuple[int, ...]]:
-    """Pack each stage by itself; return all rows, and where stages start and end among them."""
+    """Pack each stage by itself, once with each seed; return all rows, and the stages' borders."""
+    packings = [(samples, seed) for seed in seeds for samples in stages]
     made = [
         packer(lengths[samples], row_tokens=row_tokens, align_tokens=align_tokens, seed=seed)
-        for samples in stages
+        for samples, seed in packings
     ]
     # A row's place among all samples: its place in its stage, behind those of earlier stages.
-    first = np.cumsum([0, *(len(samples) for samples in stages)])
+    first = np.cumsum([0, *(len(samples) for samples, _ in packings)])
     borders = [rows.borders[1:] + start for rows, start in zip(made, first[:-1], strict=True)]
     rows = Rows(
-        np.concatenate([all_[rows.samples] for all_, rows in zip(stages, made, strict=True)]),
+        np.concatenate(
+            [all_[rows.samples] for (all_, _), rows in zip(packings, made, strict=True)]
+        ),
         np.concatenate([np.zeros(1, np.int64), *borders]),
     )
     return rows, tuple(np.cumsum([0, *map(len, made)]).tolist())

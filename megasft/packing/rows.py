@@ -1,5 +1,6 @@
 """What every packer returns, and the few steps all of them share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megasft.errors import PlanError
+
+Seed = int | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Packer(Protocol):
         *,
         row_tokens: int,
         align_tokens: int = 1,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> Rows:
         """Pack samples into rows.
 
@@ -74,7 +77,7 @@ def aligned(
     return padded
 
 
-def longest_first(padded: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.int64]:
+def longest_first(padded: npt.NDArray[np.int64], *, seed: Seed) -> npt.NDArray[np.int64]:
     """Return the samples from the longest to the shortest, equally long ones at random."""
     shuffled = np.random.default_rng(seed).permutation(len(padded))
     return shuffled[np.argsort(-padded[shuffled], kind="stable")]

@@ -18,7 +18,7 @@ from megasft import cpu
 from megasft.compat import has
 from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
-from megasft.packing.pack import DEFAULT_PACKER, PACKERS
+from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
 from megasft.store import TokenStore
 from megasft.training import rope
 
@@ -139,6 +139,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "the same",
     )
     group.add_argument(
+        "--megasft-cost-window",
+        type=int,
+        default=0,
+        metavar="W",
+        help="sort rows by cost over W neighbouring global batches, so that the rows of a batch "
+        "cost alike where dealing them is not enough. This changes which rows make a batch (long "
+        "documents meet long ones), and --global-batch-size stays what it is for the whole run; "
+        "0 leaves batches random (default: 0)",
+    )
+    group.add_argument(
+        "--megasft-packings",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pack the samples anew for each of N epochs, so that equally long ones change their "
+        "rows; after N epochs the first packing comes again (default: 1, the same rows each epoch)",
+    )
+    group.add_argument(
         "--megasft-plan-cache",
         metavar="DIR",
         help="where row plans are kept (default: row_plans in the store)",
@@ -221,8 +239,7 @@ def check(args: Any) -> None:
         )
     if not 0.0 <= args.megasft_dft_alpha <= 1.0:
         raise FlagError(f"--megasft-dft-alpha is {args.megasft_dft_alpha}; it must lie in [0, 1]")
-    if args.megasft_align_tokens < 1:
-        raise FlagError(f"--megasft-align-tokens is {args.megasft_align_tokens}; the least is 1")
+    _check_packing(args)
     without_effect = {
         "--sft": args.sft,
         "--data-path": args.data_path,
@@ -252,6 +269,23 @@ def check(args: Any) -> None:
     rope.from_flags(args)
     _check_attention(args)
     _warn_of_what_depends_on_the_layout(args)
+
+
+def _check_packing(args: Any) -> None:
+    if args.megasft_align_tokens < 1:
+        raise FlagError(f"--megasft-align-tokens is {args.megasft_align_tokens}; the least is 1")
+    if args.megasft_packings < 1:
+        raise FlagError(f"--megasft-packings is {args.megasft_packings}; the least is 1")
+    if args.megasft_packings > 1 and args.megasft_packer in KEEP_ORDER:
+        raise FlagError(
+            f"--megasft-packings {args.megasft_packings} has no effect with --megasft-packer "
+            f"{args.megasft_packer}, which makes the same rows each time; drop one of the two"
+        )
+    if args.megasft_cost_window < 0 or args.megasft_cost_window == 1:
+        raise FlagError(
+            f"--megasft-cost-window is {args.megasft_cost_window}; sorting takes two global "
+            "batches at least, 0 switches it off"
+        )
 
 
 def _warn_of_what_depends_on_the_layout(args: Any) -> None:

@@ -59,12 +59,19 @@ def open_data(args: Any) -> RunData:
         PlanError: Rows cannot be made with these sizes.
         FlagError: The stores' tokenizer does not fit the model.
     """
-    train = _plan(args, args.megasft_data, mixture=args.megasft_mixture)
+    train = _plan(
+        args,
+        args.megasft_data,
+        mixture=args.megasft_mixture,
+        num_packings=args.megasft_packings,
+    )
     stores = validation.named_stores(args.megasft_valid_data)
     return RunData(train, {name: _plan(args, [path]) for name, path in stores.items()})
 
 
-def _plan(args: Any, paths: Sequence[str], *, mixture: str | None = None) -> PlannedStore:
+def _plan(
+    args: Any, paths: Sequence[str], *, mixture: str | None = None, num_packings: int = 1
+) -> PlannedStore:
     store = open_stores(paths)
     set_vocabulary(args, store)
     drawn = None
@@ -92,6 +99,7 @@ def _plan(args: Any, paths: Sequence[str], *, mixture: str | None = None) -> Pla
         cache=Path(args.megasft_plan_cache) if args.megasft_plan_cache else None,
         draw=drawn,
         packer=args.megasft_packer,
+        num_packings=num_packings,
     )
     return PlannedStore(store, plan, drawn)
 
@@ -126,7 +134,8 @@ def _announce_draw(drawn: Draw, plan: RowPlan, *, global_batch_size: int) -> Non
         logger.info("mixture: %s: %d samples drawn of %d", part.name, part.drawn, part.found)
     if len(drawn.stages) == 1:
         return
-    for stage, (start, end) in zip(drawn.stages, pairwise(plan.stages), strict=True):
+    first_packing = plan.stages[: len(drawn.stages) + 1]
+    for stage, (start, end) in zip(drawn.stages, pairwise(first_packing), strict=True):
         logger.info(
             "stage %s: iterations %.2f to %.2f of each epoch",
             *(stage.name, start / global_batch_size, end / global_batch_size),
@@ -141,10 +150,10 @@ def check_length(args: Any, data: RunData) -> None:
     """
     if args.skip_train or args.train_iters is not None or args.train_samples is not None:
         return
-    rows, batch = len(data.train.plan), args.global_batch_size
+    rows, batch = data.train.plan.epoch_rows, args.global_batch_size
     raise FlagError(
-        f"--train-iters is missing; an epoch of {rows:,} rows is {-(-rows // batch):,} iterations "
-        f"of {batch:,} rows"
+        f"--train-iters is missing; an epoch of {rows:,.0f} rows is {math.ceil(rows / batch):,} "
+        f"iterations of {batch:,} rows"
     )
 
 

@@ -8,6 +8,7 @@ by them.
 
 from typing import Any, NamedTuple
 
+from megasft.packing.cost_window import CostWindow
 from megasft.packing.plan import RowPlan
 
 
@@ -34,11 +35,14 @@ class GlobalBatches:
         plan: The rows of the training store.
         seed: Seed of the run's order, as the dataset has it.
         objective: A name of ``OBJECTIVES``.
+        window: The run's cost window; it changes which rows make a global batch.
     """
 
-    def __init__(self, plan: RowPlan, *, seed: int, objective: str) -> None:
+    def __init__(
+        self, plan: RowPlan, *, seed: int, objective: str, window: CostWindow | None = None
+    ) -> None:
         self.plan = plan
-        self.order = plan.order(seed=seed)
+        self.order = plan.order(seed=seed, window=window)
         per_row = {"turn": plan.turns, "sample": plan.labelled_samples, "token": plan.labels}
         self.units_of_row = per_row[objective]
         self._last: tuple[tuple[int, int], GlobalBatch] | None = None

@@ -1,5 +1,7 @@
 """In which order a run trains its rows: the plan's order, each global batch dealt to ranks by cost.
 
+With ``--megasft-cost-window`` neighbouring global batches are sorted by cost before that.
+
 The deal needs to know where global batches start. That follows from the consumed samples Megatron
 resumes at and one batch size, so with a batch size that changes during the run rows are trained
 where they come, and the log says so. Computing the schedule here was rejected: it is Megatron's, in
@@ -11,8 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from megasft.errors import FlagError
 from megasft.packing.balance import BatchShape, Cost, DealtOrder, cost_of_model, slowest_over_mean
-from megasft.packing.order import RowOrder
+from megasft.packing.cost_window import CostWindow
+from megasft.packing.order import RowAtPosition
 from megasft.packing.plan import RowPlan
 
 logger = logging.getLogger(__name__)
@@ -21,7 +25,31 @@ BATCHES_LOOKED_AT: Final = 50
 """Global batches the predicted gain is averaged over."""
 
 
-def training_order(args: Any, plan: RowPlan, shape: BatchShape) -> RowOrder | DealtOrder:
+def cost_window(args: Any) -> CostWindow | None:
+    """Return how far ``--megasft-cost-window`` lets rows move; None without it.
+
+    Raises:
+        FlagError: A window needs global batches of one known size.
+    """
+    if not args.megasft_cost_window:
+        return None
+    moving = _what_moves_edges(args)
+    if moving is not None:
+        raise FlagError(
+            f"--megasft-cost-window sorts whole global batches, and {moving} moves their edges "
+            "during the run; drop one of the two"
+        )
+    if args.global_batch_size is None:
+        raise FlagError("--megasft-cost-window needs --global-batch-size N; add it")
+    return CostWindow(args.megasft_cost_window, args.global_batch_size)
+
+
+def identity(plan: RowPlan, window: CostWindow | None) -> str:
+    """Return everything a position of the run depends on, readable."""
+    return plan.identity if window is None else f"{plan.identity}, {window.identity}"
+
+
+def training_order(args: Any, plan: RowPlan, shape: BatchShape) -> RowAtPosition:
     """Return the row at each position of the run, from Megatron's consumed samples on.
 
     Args:
@@ -29,7 +57,7 @@ def training_order(args: Any, plan: RowPlan, shape: BatchShape) -> RowOrder | De
         plan: The rows of the training store.
         shape: Of the global batches to come.
     """
-    order = plan.order(seed=args.seed)
+    order = plan.order(seed=args.seed, window=cost_window(args))
     if why_not_dealt(args) is not None:
         return order
     costs = cost_of(args).of(plan.row_tokens, plan.squares)
@@ -40,13 +68,18 @@ def why_not_dealt(args: Any) -> str | None:
     """Return why rows are trained where they come; None when they are dealt."""
     if args.megasft_no_balance:
         return "--megasft-no-balance is given"
+    moving = _what_moves_edges(args)
+    return None if moving is None else f"{moving} moves the edges of global batches"
+
+
+def _what_moves_edges(args: Any) -> str | None:
+    """Return the flag by which the size of global batches changes during the run, if any."""
     changing = {
         "--rampup-batch-size": args.rampup_batch_size,
         "--step-batch-size-schedule": args.step_batch_size_schedule,
         "--phase-transition-iterations": args.phase_transition_iterations,
     }
-    given = [flag for flag, value in changing.items() if value]
-    return f"{given[0]} moves the edges of global batches" if given else None
+    return next((flag for flag, value in changing.items() if value), None)
 
 
 def cost_of(args: Any) -> Cost:
@@ -73,6 +106,13 @@ def cost_of(args: Any) -> Cost:
 
 def announce(args: Any, plan: RowPlan) -> None:
     """Say how even the work of several ranks will be, or why rows are not dealt."""
+    window = cost_window(args)
+    if window is not None:
+        logger.info(
+            "cost window: rows are sorted by cost over %d global batches of %d, so what makes a "
+            "batch is no random sample of the data any more",
+            *window,
+        )
     why_not = why_not_dealt(args)
     if why_not is not None:
         logger.info("balance: rows are trained where they come, since %s", why_not)
@@ -82,7 +122,8 @@ def announce(args: Any, plan: RowPlan) -> None:
     shape = BatchShape(args.global_batch_size, args.data_parallel_size, args.micro_batch_size)
     per_pass = shape.dp_size * shape.micro_batch_size
     shape = shape._replace(global_batch_size=shape.global_batch_size // per_pass * per_pass)
-    order, costs = plan.order(seed=args.seed), cost_of(args).of(plan.row_tokens, plan.squares)
+    order = plan.order(seed=args.seed, window=window)
+    costs = cost_of(args).of(plan.row_tokens, plan.squares)
     num_batches = min(BATCHES_LOOKED_AT, -(-len(plan) // shape.global_batch_size))
     logger.info(
         "balance: the slowest of %d data-parallel ranks takes %.3f times the mean of them, and "
@@ -94,9 +135,7 @@ def announce(args: Any, plan: RowPlan) -> None:
     )
 
 
-def _slowest(
-    order: RowOrder | DealtOrder, costs: Any, shape: BatchShape, num_batches: int
-) -> float:
+def _slowest(order: RowAtPosition, costs: Any, shape: BatchShape, num_batches: int) -> float:
     size, dp_size, micro_batch_size = shape
     ratios = []
     for first in range(0, num_batches * size, size):

@@ -164,3 +164,49 @@ def test_drawn_samples_longer_than_a_row_are_left_out_and_named_once(tmp_path: P
     )
     with pytest.raises(PlanError, match=r"none of the 2 samples .*the shortest has 9"):
         plan_rows(store, row_tokens=8, align_tokens=1, seed=0, draw=draw_of([1, 2]))
+
+
+def test_several_packings_are_an_epoch_each_of_other_rows(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(300, seed=1))
+    plan = plan_rows(store, row_tokens=128, align_tokens=4, seed=0, num_packings=3)
+    one = plan_rows(store, row_tokens=128, align_tokens=4, seed=0)
+
+    assert len(plan.stages) == 4
+    packings = [
+        {tuple(sorted(plan.rows[r].tolist())) for r in range(start, end)}
+        for start, end in pairwise(plan.stages)
+    ]
+    for rows in packings:
+        assert sorted(i for row in rows for i in row) == list(range(300))
+    assert packings[0] == {tuple(sorted(one.rows[r].tolist())) for r in range(len(one))}
+    assert len(packings[0] & packings[1]) < len(one) / 10
+    assert len(packings[1] & packings[2]) < len(one) / 10
+
+    assert plan.turns.sum() == 3 * one.turns.sum()
+    assert plan.identity == f"{one.identity}, 3 packings"
+    said = plan.summary(global_batch_size=1)
+    assert f"in 3 packings, one an epoch: 300 samples, {one.turns.sum()} turns" in said
+    assert f"an epoch is {len(plan) / 3:.2f} iterations" in said
+    order = plan.order(seed=5)
+    for start, end in pairwise(plan.stages):
+        assert sorted(order[k] for k in range(start, end)) == list(range(start, end))
+    again = plan_rows(store, row_tokens=128, align_tokens=4, seed=0, num_packings=3)
+    assert again.rows.samples.tolist() == plan.rows.samples.tolist()
+    assert len(list((tmp_path / "store" / "row_plans").glob("*.npz"))) == 2
+
+
+def test_packings_of_a_curriculum_go_through_all_stages_each(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", random_samples(40, seed=1))
+    stages = [[*range(20)], [*range(20, 40)]]
+    draw = draw_of(*stages)
+    plan = plan_rows(
+        store, row_tokens=64, align_tokens=4, seed=0, draw=draw, num_packings=2, packer="best_fit"
+    )
+
+    assert len(plan.stages) == 5
+    for stage, (start, end) in zip(stages * 2, pairwise(plan.stages), strict=True):
+        assert sorted(int(i) for r in range(start, end) for i in plan.rows[r]) == stage
+    a, b = plan.stages[1:3]
+    assert f"in 2 stages, {a} + {b - a} in 2 packings, one an epoch: 40 samples" in plan.summary(
+        global_batch_size=1
+    )

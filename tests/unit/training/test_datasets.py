@@ -17,6 +17,8 @@ def flags(store: Path, **changes: Any) -> SimpleNamespace:
         "megasft_valid_data": [str(store)],
         "megasft_align_tokens": 8,
         "megasft_packer": "balanced",
+        "megasft_packings": 1,
+        "megasft_cost_window": 0,
         "megasft_no_balance": True,
         "megasft_plan_cache": None,
         "context_parallel_size": 1,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megasft.errors import FlagError
 from megasft.packing.balance import LLAMA_8B, BatchShape, DealtOrder
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import RowPlan, plan_rows
@@ -30,6 +31,7 @@ def flags(**changes: Any) -> SimpleNamespace:
     run = {
         "seed": 9,
         "megasft_no_balance": False,
+        "megasft_cost_window": 0,
         "rampup_batch_size": None,
         "step_batch_size_schedule": None,
         "phase_transition_iterations": None,
@@ -108,3 +110,42 @@ def test_the_gain_is_predicted_before_the_run(
     assert line.startswith("balance: the slowest of 2 data-parallel ranks takes 1.")
     assert 1 <= found[0] < found[1]
     assert len(np.unique(plan.squares)) > 5, "rows must differ for a deal to matter"
+
+
+def test_a_cost_window_changes_the_batches_and_both_sides_of_the_audit_know(
+    plan: RowPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    window = row_order.cost_window(flags(megasft_cost_window=3))
+    assert window is not None
+    order = row_order.training_order(flags(megasft_cost_window=3), plan, BatchShape(8, 2, 1))
+    batches = GlobalBatches(plan, seed=9, objective="turn", window=window)
+    plain = GlobalBatches(plan, seed=9, objective="turn")
+    starts = range(0, 48, 8)
+    for first in starts:
+        assert sorted(order[k] for k in range(first, first + 8)) == sorted(
+            batches.at(first, num_rows=8).rows
+        )
+    moved = [
+        set(batches.at(k, num_rows=8).rows) != set(plain.at(k, num_rows=8).rows) for k in starts
+    ]
+    assert any(moved)
+
+    assert row_order.identity(plan, None) == plan.identity
+    assert row_order.identity(plan, window) == f"{plan.identity}, cost window 3 batches of 8 rows"
+    with caplog.at_level(logging.INFO, "megasft"):
+        row_order.announce(flags(megasft_cost_window=3), plan)
+    assert "over 3 global batches of 8, so what makes a batch is no random" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rampup_batch_size": [2, 2, 100]}, "and --rampup-batch-size moves their edges"),
+        ({"global_batch_size": None}, "needs --global-batch-size N"),
+    ],
+)
+def test_a_cost_window_without_batches_of_one_size_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FlagError, match=message):
+        row_order.cost_window(flags(megasft_cost_window=2, **changes))
