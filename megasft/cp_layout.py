@@ -5,12 +5,13 @@ both stay correct only because there is one definition. The cut is the one of Tr
 (``thd_get_partitioned_indices``) and of Megatron's rotary embedding, so all three agree.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megasft.errors import AlignmentError
+from megasft.errors import AlignmentError, FlagError
 
 
 class Span(NamedTuple):
@@ -51,6 +52,33 @@ def alignment(*, cp_size: int, tp_size: int, sequence_parallel: bool) -> tuple[i
     document = 2 * cp_size if cp_size > 1 else 1
     row = int(np.lcm(document, tp_size * cp_size)) if sequence_parallel else document
     return document, row
+
+
+def require_alignment(
+    seq_length: int, *, cp_size: int, tp_size: int, sequence_parallel: bool, asked: int
+) -> int:
+    """Return what document lengths are multiples of in a run, rows being divisible on its layout.
+
+    Args:
+        seq_length: Tokens of a row.
+        cp_size: Ranks that share one row.
+        tp_size: Tensor-parallel ranks.
+        sequence_parallel: Whether activations are cut over the tensor-parallel ranks as well.
+        asked: What the run asks for, the layout not counted.
+
+    Raises:
+        FlagError: Rows cannot be cut for the layout.
+    """
+    document, row = alignment(cp_size=cp_size, tp_size=tp_size, sequence_parallel=sequence_parallel)
+    align_tokens = math.lcm(document, asked)
+    row = math.lcm(row, align_tokens)
+    if seq_length % row:
+        raise FlagError(
+            f"--seq-length {seq_length} is not a multiple of {row}, which TP {tp_size} x CP "
+            f"{cp_size} and documents aligned to {asked} tokens need; set it to "
+            f"{-(-seq_length // row) * row}"
+        )
+    return align_tokens
 
 
 def zigzag_positions(

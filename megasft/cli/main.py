@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from megasft.cli import build, convert, inspect, lint, mix, prove, trace
+from megasft.cli import build, convert, inspect, lint, mix, plan, prove, trace
 from megasft.errors import MegasftError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("mix")(mix.mix)
 app.command("build")(build.build)
 app.command("lint")(lint.lint)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("trace")(trace.trace)
 app.command("prove")(prove.prove)
 app.add_typer(convert.convert_app, name="convert")
@@ -47,6 +48,8 @@ def megasft() -> None:
     **2.** look at it, above all at what is trained:
 
     `megasft inspect store --html store.html`
+
+    (what will a run see, and what will bite? `megasft plan store --seq-length 4096 --dp 8`)
 
     **3.** train on it with any Megatron flags:
 

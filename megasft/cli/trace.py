@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from megasft.cli.marked_text import open_tokenizer, print_sample
+from megasft.cli.planned import (
+    DEFAULT_ALIGN_TOKENS,
+    MixtureFile,
+    PackerName,
+    Packings,
+    RowFlags,
+    Seed,
+    Stores,
+    WindowBatches,
+    plan_as_trained,
+    window_of,
+)
 from megasft.errors import FlagError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from megasft.packing.cost_window import CostWindow
     from megasft.packing.plan import RowPlan
     from megasft.store import TokenStore
-
-DEFAULT_SEED: Final = 1234
-"""Megatron's own default of ``--seed``."""
-DEFAULT_ALIGN_TOKENS: Final = 8
-"""Default of ``--megasft-align-tokens``; it already covers context parallelism up to 4."""
 
 
 class _Run(NamedTuple):
@@ -28,15 +36,11 @@ class _Run(NamedTuple):
     plan: RowPlan
     global_batch_size: int
     seed: int
+    window: CostWindow | None
 
 
 def trace(
-    stores: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="STORE...", help="folders made by megasft build, as the run has them"
-        ),
-    ],
+    stores: Stores,
     sample: Annotated[int | None, typer.Option(min=0, help="sample to show, from 0")] = None,
     row: Annotated[int | None, typer.Option(min=0, help="row of the plan, from 0")] = None,
     step: Annotated[
@@ -48,9 +52,7 @@ def trace(
     global_batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="B", help="the run's --global-batch-size")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="S", help=f"the run's --seed, or {DEFAULT_SEED}")
-    ] = None,
+    seed: Seed = None,
     align_tokens: Annotated[
         int | None,
         typer.Option(
@@ -60,12 +62,10 @@ def trace(
             f"2 x CP; or {DEFAULT_ALIGN_TOKENS}",
         ),
     ] = None,
-    mixture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="the run's --megasft-mixture")
-    ] = None,
-    packer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the run's --megasft-packer, or balanced")
-    ] = None,
+    mixture: MixtureFile = None,
+    packer: PackerName = None,
+    packings: Packings = None,
+    cost_window: WindowBatches = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="if the tokenizer is not where it was")
     ] = None,
@@ -84,8 +84,8 @@ def trace(
     `megasft trace store --step 812 --seq-length 4096 --global-batch-size 64`
 
     prints the samples of a step, say one where the loss jumped. Rows and order come from the code
-    that trains, so they are the run's if stores, mixture, length, seed and alignment are (and the
-    run has no --rampup-batch-size and did not change its batch size).
+    that trains, so they are the run's if stores, mixture, length, seed, alignment, packer, packings
+    and cost window are (and the run has no --rampup-batch-size and did not change its batch size).
     """
     from rich.console import Console
 
@@ -94,7 +94,8 @@ def trace(
     _check_flags(
         {"--sample": sample, "--row": row, "--step": step},
         {"--seq-length": seq_length, "--global-batch-size": global_batch_size},
-        {"--seed": seed, "--align-tokens": align_tokens, "--mixture": mixture, "--packer": packer},
+        {"--seed": seed, "--align-tokens": align_tokens, "--mixture": mixture, "--packer": packer}
+        | {"--packings": packings, "--cost-window": cost_window},
     )
     if tokenizer is not None and sample is None:
         raise FlagError("--tokenizer has no effect without --sample; leave it out")
@@ -106,9 +107,13 @@ def trace(
         print_sample(console, opened, sample, open_tokenizer(opened, tokenizer))
     if seq_length is None:
         return
-    seed = DEFAULT_SEED if seed is None else seed
-    plan = _plan(opened, seq_length, align_tokens or DEFAULT_ALIGN_TOKENS, seed, mixture, packer)
-    run = None if global_batch_size is None else _Run(plan, global_batch_size, seed)
+    if cost_window is not None and global_batch_size is None:
+        raise FlagError("--cost-window needs --global-batch-size, the rows of a step in the run")
+    flags = RowFlags(seq_length, align_tokens, seed, mixture, packer, packings)
+    plan, run = plan_as_trained(opened, flags).plan, None
+    if global_batch_size is not None:
+        window = window_of(cost_window, global_batch_size)
+        run = _Run(plan, global_batch_size, flags.run_seed, window)
     if sample is not None:
         row = _print_place(console, plan, sample)
     elif row is not None:
@@ -149,36 +154,6 @@ def _require_below(num: int, value: int, fact: str) -> None:
         raise FlagError(f"{fact} 0 to {num - 1:,}")
 
 
-def _plan(
-    store: TokenStore,
-    seq_length: int,
-    align_tokens: int,
-    seed: int,
-    mixture: Path | None,
-    packer: str | None,
-) -> RowPlan:
-    from megasft.draw import draw
-    from megasft.mixture import read_mixture
-    from megasft.packing.pack import DEFAULT_PACKER, PACKERS
-    from megasft.packing.plan import plan_rows
-
-    if packer is not None and packer not in PACKERS:
-        raise FlagError(f"--packer {packer} is not one of {', '.join(PACKERS)}")
-    from megasft.store_group import population_of
-
-    drawn = None
-    if mixture is not None:
-        drawn = draw(read_mixture(mixture), population_of(store), seed=seed)
-    return plan_rows(
-        store,
-        row_tokens=seq_length,
-        align_tokens=align_tokens,
-        seed=seed,
-        draw=drawn,
-        packer=packer or DEFAULT_PACKER,
-    )
-
-
 def _print_turns(console: Console, store: TokenStore, index: int) -> None:
     from megasft.data.report import categories_of
 
@@ -215,9 +190,10 @@ def _print_place(console: Console, plan: RowPlan, sample: int) -> int | None:
 def _print_first_step(console: Console, run: _Run, row: int) -> None:
     from megasft.packing.locate import first_step_of_row
 
-    size = run.global_batch_size
-    step = first_step_of_row(run.plan, row, global_batch_size=size, seed=run.seed)
-    console.print(f"trained first at step {step:,}; once in each epoch of {len(run.plan):,} rows")
+    plan, size, seed, window = run
+    step = first_step_of_row(plan, row, global_batch_size=size, seed=seed, window=window)
+    epochs = "each epoch" if plan.num_packings == 1 else f"{plan.num_packings} epochs"
+    console.print(f"trained first at step {step:,}; once in {epochs} of {len(plan):,} rows")
 
 
 def _print_row(console: Console, store: TokenStore, plan: RowPlan, row: int) -> None:
@@ -243,12 +219,11 @@ def _print_row(console: Console, store: TokenStore, plan: RowPlan, row: int) -> 
 def _print_step(console: Console, store: TokenStore, run: _Run, step: int) -> None:
     from megasft.packing.locate import rows_of_step
 
-    plan, size, _ = run
-    rows = rows_of_step(plan, step=step, global_batch_size=size, seed=run.seed)
-    first, last = (step - 1) * size // len(plan), (step * size - 1) // len(plan)
+    plan, size, seed, window = run
+    rows = rows_of_step(plan, step=step, global_batch_size=size, seed=seed, window=window)
+    first, last = (int(k // plan.epoch_rows) for k in ((step - 1) * size, step * size - 1))
     epochs = f"epoch {first + 1:,}" if first == last else f"epochs {first + 1:,} to {last + 1:,}"
-    console.print(
-        f"step {step:,}: {size:,} rows, {epochs} (an epoch is {len(plan) / size:,.2f} steps)\n"
-    )
+    steps = plan.epoch_rows / size
+    console.print(f"step {step:,}: {size:,} rows, {epochs} (an epoch is {steps:,.2f} steps)\n")
     for row in rows:
         _print_row(console, store, plan, row)

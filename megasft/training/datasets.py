@@ -18,7 +18,7 @@ from megasft.batch.dataset import (
     RowsOfStore,
     WholeSet,
 )
-from megasft.cp_layout import alignment
+from megasft.cp_layout import require_alignment
 from megasft.draw import Draw, draw
 from megasft.errors import FlagError
 from megasft.mixture import read_mixture
@@ -77,20 +77,13 @@ def _plan(
     drawn = None
     if mixture is not None:
         drawn = draw(read_mixture(mixture), population_of(store), seed=args.seed)
-    document, row = alignment(
+    align_tokens = require_alignment(
+        args.seq_length,
         cp_size=args.context_parallel_size,
         tp_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
+        asked=args.megasft_align_tokens,
     )
-    align_tokens = math.lcm(document, args.megasft_align_tokens)
-    row = math.lcm(row, align_tokens)
-    if args.seq_length % row:
-        raise FlagError(
-            f"--seq-length {args.seq_length} is not a multiple of {row}, which TP "
-            f"{args.tensor_model_parallel_size} x CP {args.context_parallel_size} and "
-            f"--megasft-align-tokens {args.megasft_align_tokens} need; set it to "
-            f"{-(-args.seq_length // row) * row}"
-        )
     plan = plan_rows(
         store,
         row_tokens=args.seq_length,

@@ -9,20 +9,16 @@ two flags, and a ramp-up is short.
 """
 
 import logging
-from typing import Any, Final
-
-import numpy as np
+from typing import Any
 
 from megasft.errors import FlagError
-from megasft.packing.balance import BatchShape, Cost, DealtOrder, cost_of_model, slowest_over_mean
+from megasft.packing.balance import BatchShape, Cost, DealtOrder, cost_of_model
 from megasft.packing.cost_window import CostWindow
+from megasft.packing.forecast import Run, balance_of
 from megasft.packing.order import RowAtPosition
 from megasft.packing.plan import RowPlan
 
 logger = logging.getLogger(__name__)
-
-BATCHES_LOOKED_AT: Final = 50
-"""Global batches the predicted gain is averaged over."""
 
 
 def cost_window(args: Any) -> CostWindow | None:
@@ -119,28 +115,18 @@ def announce(args: Any, plan: RowPlan) -> None:
         return
     if args.data_parallel_size == 1:
         return
-    shape = BatchShape(args.global_batch_size, args.data_parallel_size, args.micro_batch_size)
-    per_pass = shape.dp_size * shape.micro_batch_size
-    shape = shape._replace(global_batch_size=shape.global_batch_size // per_pass * per_pass)
-    order = plan.order(seed=args.seed, window=window)
-    costs = cost_of(args).of(plan.row_tokens, plan.squares)
-    num_batches = min(BATCHES_LOOKED_AT, -(-len(plan) // shape.global_batch_size))
+    per_pass = args.data_parallel_size * args.micro_batch_size
+    shape = BatchShape(
+        global_batch_size=max(1, args.global_batch_size // per_pass) * per_pass,
+        dp_size=args.data_parallel_size,
+        micro_batch_size=args.micro_batch_size,
+    )
+    run = Run(shape, args.seed, window=window)
+    balance = balance_of(plan, run, cost_of(args).of(plan.row_tokens, plan.squares))
+    assert balance is not None, "several ranks, whole global batches"
     logger.info(
         "balance: the slowest of %d data-parallel ranks takes %.3f times the mean of them, and "
         "%.3f times without the deal (%d global batches)",
-        shape.dp_size,
-        _slowest(DealtOrder(order, costs, shape), costs, shape, num_batches),
-        _slowest(order, costs, shape, num_batches),
-        num_batches,
+        *(args.data_parallel_size, balance.after.mean(), balance.before.mean()),
+        len(balance.after),
     )
-
-
-def _slowest(order: RowAtPosition, costs: Any, shape: BatchShape, num_batches: int) -> float:
-    size, dp_size, micro_batch_size = shape
-    ratios = []
-    for first in range(0, num_batches * size, size):
-        trained = costs[[order[k] for k in range(first, first + size)]]
-        ratios.append(
-            slowest_over_mean(trained, dp_size=dp_size, micro_batch_size=micro_batch_size)
-        )
-    return float(np.mean(ratios))

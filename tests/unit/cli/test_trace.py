@@ -5,7 +5,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megasft.cli.trace import DEFAULT_ALIGN_TOKENS, DEFAULT_SEED
+from megasft.cli.planned import DEFAULT_ALIGN_TOKENS, DEFAULT_SEED
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import plan_rows
 from megasft.store import open_store

@@ -1,0 +1,244 @@
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+
+from megasft.cli.planned import DEFAULT_ALIGN_TOKENS, DEFAULT_SEED
+from megasft.packing.balance import LLAMA_8B
+from megasft.training import datasets, row_order
+from tests.stores import random_samples, write_store
+from tests.unit.checkpoint_convert import published
+
+from .conftest import Seen
+
+Megasft = Callable[..., Seen]
+LONGEST = 90
+RUN = ("--seq-length", 64, "--dp", 2, "--global-batch-size", 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_store(tmp_path / "store", random_samples(120, seed=3, longest=LONGEST))
+    return tmp_path / "store"
+
+
+def training_log(store: Path, caplog: pytest.LogCaptureFixture, **changes: Any) -> list[str]:
+    """What a run of Llama 3 8B on this store says before its first step."""
+    args = {
+        "megasft_data": [str(store)],
+        "megasft_mixture": None,
+        "megasft_valid_data": None,
+        "megasft_align_tokens": DEFAULT_ALIGN_TOKENS,
+        "megasft_packer": "balanced",
+        "megasft_packings": 1,
+        "megasft_cost_window": 0,
+        "megasft_no_balance": False,
+        "megasft_plan_cache": None,
+        "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "seq_length": 64,
+        "seed": DEFAULT_SEED,
+        "vocab_size": None,
+        "padded_vocab_size": None,
+        "global_batch_size": 4,
+        "eval_global_batch_size": 4,
+        "data_parallel_size": 2,
+        "micro_batch_size": 1,
+        "rampup_batch_size": None,
+        "step_batch_size_schedule": None,
+        "phase_transition_iterations": None,
+    }
+    llama = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "kv_channels": 128}
+    llama |= {"group_query_attention": True, "num_query_groups": 8, "swiglu": True}
+    llama |= {"ffn_hidden_size": 14_336, "num_experts": None}
+    flags = SimpleNamespace(**(args | llama | changes))
+    data = datasets.open_data(flags)
+    flags.padded_vocab_size = published.LLAMA_3_8B["vocab_size"]
+    assert row_order.cost_of(flags) == LLAMA_8B
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "megasft"):
+        datasets.announce(flags, data)
+    return caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        ((), {}),
+        (
+            ("--cp", 8, "--packer", "best_fit", "--packings", 2, "--seed", 5),
+            {
+                "context_parallel_size": 8,
+                "megasft_packer": "best_fit",
+                "megasft_packings": 2,
+                "seed": 5,
+            },
+        ),
+        (
+            ("--align-tokens", 4, "--cost-window", 3, "--micro-batch-size", 2),
+            {"megasft_align_tokens": 4, "megasft_cost_window": 3, "micro_batch_size": 2},
+        ),
+    ],
+)
+def test_the_numbers_are_those_the_run_logs(
+    store: Path,
+    megasft: Megasft,
+    caplog: pytest.LogCaptureFixture,
+    flags: tuple[object, ...],
+    changes: dict[str, Any],
+) -> None:
+    log = training_log(store, caplog, **changes)
+    seen = megasft("plan", store, *RUN, *flags)
+
+    assert seen.code == 0
+    assert log[0] in seen.out
+    (balance,) = (line for line in log if line.startswith("balance: the slowest of 2"))
+    after, before, batches = re.findall(r"([\d.]+) times|\((\d+) global", balance)
+    assert re.search(rf"slowest rank +{after[0]} times .* {before[0]} times", seen.out)
+    assert f"({batches[1]} global batches)" in seen.out
+    left_out = re.search(r"^train: (\d+) .* \((\d+) tokens, .* has (\d+); first: (.*)\)", log[-1])
+    assert left_out is not None
+    num, tokens, longest = map(int, left_out.groups()[:3])
+    told = (
+        f"{num:,} samples longer than a row, {tokens:,} tokens; the longest has {longest:,}; first:"
+    )
+    assert f"{told} {left_out[4]}" in seen.out
+
+
+def test_a_mixture_is_planned_as_it_is_trained(
+    store: Path, megasft: Megasft, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_store(store.parent / "other", random_samples(30, seed=4))
+    mixture = store.parent / "mixture.yaml"
+    mixture.write_text(
+        "curriculum: sequential\nparts: [{source: other, sample_rate: 2}, {source: store}]"
+    )
+    both = [str(store), str(store.parent / "other")]
+    changes = {"megasft_data": both, "megasft_mixture": str(mixture)}
+    log = training_log(store, caplog, **changes)
+
+    seen = megasft("plan", *both, *RUN, "--mixture", mixture)
+
+    assert log[0] in seen.out
+    assert " in 2 stages, " in log[0]
+    told = [line.split(": ", 1)[1] for line in log if line.startswith("mixture: ")]
+    assert len(told) == 2
+    assert all(re.search(rf"mixture +{re.escape(line)}", seen.out) for line in told)
+    stages = [line.split(": ", 1)[1] for line in log if line.startswith("stage ")]
+    assert len(stages) == 2
+    assert all(line in seen.out for line in stages)
+
+
+def test_the_report_has_a_packer_a_line_and_json_holds_the_numbers(
+    store: Path, megasft: Megasft
+) -> None:
+    path = store.parent / "plan.json"
+    seen = megasft("plan", store, *RUN, "--json", path)
+    table = re.findall(
+        r"^([* ]) (\w+) +([\d,]+) +([\d.]+) % .* ([\d.]+) *$", seen.out, re.MULTILINE
+    )
+    numbers = orjson.loads(path.read_bytes())
+
+    assert [row[1] for row in table] == ["balanced", "best_fit", "sequential", "none"]
+    assert [row[0] for row in table] == ["*", " ", " ", " "]
+    assert table[0][4] == "1.000"
+    assert float(table[3][4]) > 1.2
+    for _, name, rows, padding, _ in table:
+        of_packer = numbers["packers"][name]
+        assert (int(rows), float(padding)) == (
+            of_packer["num_rows"],
+            pytest.approx(100 * of_packer["padding"], abs=0.005),
+        )
+    assert numbers["padding"] == pytest.approx(numbers["alignment_padding"] + numbers["gaps"])
+    assert numbers["model"] == "Llama 3 8B"
+    assert {one["name"] for one in numbers["cautions"]} == set(
+        re.findall(r"^warning ([\w-]+): ", seen.out, re.MULTILINE)
+    )
+    assert "too-long" in {one["name"] for one in numbers["cautions"]}
+    assert "packers" not in megasft("plan", store, *RUN, "--no-compare").out
+
+
+def test_comparing_packers_leaves_the_plan_of_the_run_alone_in_the_store(
+    store: Path, megasft: Megasft
+) -> None:
+    assert megasft("plan", store, *RUN).code == 0
+    assert len(list((store / "row_plans").iterdir())) == 1
+
+
+def test_costs_are_those_of_the_model_given(store: Path, megasft: Megasft) -> None:
+    hf = store.parent / "hf"
+    hf.mkdir()
+    small = {"hidden_size": 4, "intermediate_size": 4, "vocab_size": 4}
+    small |= {"num_attention_heads": 2, "head_dim": 128}
+    (hf / "config.json").write_bytes(orjson.dumps(published.LLAMA_3_8B | small))
+    run = (*RUN, "--packer", "sequential", "--json", store.parent / "plan.json")
+    dearest = []
+    for flags in ((), ("--model-config", hf)):
+        assert megasft("plan", store, *run, *flags).code == 0
+        numbers = orjson.loads((store.parent / "plan.json").read_bytes())
+        dearest.append(numbers["dearest_row_over_mean"])
+    assert dearest[1] - 1 > 2 * (dearest[0] - 1)
+    seen = megasft("plan", store, *run, "--model-config", hf)
+    assert re.search(rf"costs +those of {re.escape(str(hf))}", seen.out)
+    assert "no --model-config says" in megasft("plan", store, *run).out
+
+
+def test_a_run_that_cannot_start_fails_and_says_why(store: Path, megasft: Megasft) -> None:
+    seen = megasft("plan", store, "--seq-length", 64, "--dp", 3, "--global-batch-size", 4)
+    assert seen.code == 1
+    assert "error indivisible-batch: a global batch of 4 rows is not a multiple of 3" in seen.out
+    assert "iterations" in seen.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seq-length", 60), "60 is not a multiple of 8, which TP 1 x CP 1 .* set it to 64"),
+        (("--seq-length", 72, "--cp", 8), "TP 1 x CP 8 .* set it to 80"),
+        (
+            ("--seq-length", 72, "--tp", 16, "--sequence-parallel"),
+            "TP 16 x CP 1 and documents aligned to 8 tokens need; set it to 80",
+        ),
+        (("--seq-length", 64, "--packer", "x"), "--packer x is not one of balanced, best_fit"),
+        (
+            ("--seq-length", 64, "--packer", "none", "--packings", 2),
+            "--packings 2 has no effect with --packer none",
+        ),
+        (("--seq-length", 64, "--model-config", "nowhere"), "nowhere/config.json cannot be read"),
+        (("--seq-length", 64, "--json", "no/where.json"), "--json no/where.json cannot be written"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_the_remedy(
+    store: Path, megasft: Megasft, flags: tuple[object, ...], message: str
+) -> None:
+    seen = megasft("plan", store, *flags)
+    assert seen.code == 1
+    assert re.search(message, seen.err)
+
+
+def test_planning_needs_neither_torch_nor_megatron(store: Path) -> None:
+    code = (
+        "import sys\nfrom megasft.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    flags = [str(value) for value in ("plan", store, *RUN)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_a_picture_is_written_when_asked_for(store: Path, megasft: Megasft) -> None:
+    path = store.parent / "plan.png"
+    seen = megasft("plan", store, *RUN, "--no-compare", "--plot", path)
+    assert f"histograms: {path}" in seen.out
+    assert path.read_bytes().startswith(b"\x89PNG")
