@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from megasft.cli import build, convert, inspect, lint, mix, plan, prove, trace
+from megasft.cli import build, convert, inspect, lint, mix, plan, prove, resume_check, trace
 from megasft.errors import MegasftError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("lint")(lint.lint)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("trace")(trace.trace)
+app.command("resume-check", context_settings=resume_check.CONTEXT)(resume_check.resume_check)
 app.command("prove")(prove.prove)
 app.add_typer(convert.convert_app, name="convert")
 

@@ -4,11 +4,12 @@ The position of a run is one integer, Megatron's consumed samples; it means some
 same row plan. So the plan's identity is saved with Megatron's flags in each checkpoint and compared
 before anything is loaded. The layout (TP, PP, DP, CP) and the sizes of batches are free: rows do
 not depend on them as long as ``--megasft-align-tokens`` covers the context parallelism, and dealing
-rows to ranks (``row_order.py``) stays within a global batch.
+rows to ranks (``row_order.py``) stays within a global batch. ``resume_check.py`` shows that for one
+checkpoint and one run to come.
 """
 
 import logging
-from itertools import zip_longest
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,22 @@ from megasft.errors import FlagError
 logger = logging.getLogger(__name__)
 
 TRACKER: Final = "latest_checkpointed_iteration.txt"
+RELEASE: Final = "release"
+"""What the tracker says of weights without a run: a converted model."""
+
+KINDS: Final = {
+    "plan version": r"plan version ",
+    "store": r"store ",
+    "number of samples": r"\d+ samples$",
+    "row_tokens": r"row_tokens ",
+    "align_tokens": r"align_tokens ",
+    "seed": r"seed ",
+    "mixture": r"mixture ",
+    "cost window": r"cost window ",
+    "packings": r"\d+ packings",
+    "packer": r"\w+$",
+}
+"""What the parts of an identity are about, and how such a part starts; see ``plan_rows``."""
 
 
 def check(args: Any, plan_identity: str) -> None:
@@ -25,27 +42,49 @@ def check(args: Any, plan_identity: str) -> None:
 
     Args:
         args: Megatron's flags; ``megasft_plan`` is set, so that checkpoints carry it.
-        plan_identity: ``RowPlan.identity`` of the training store.
+        plan_identity: ``row_order.identity`` of the training store.
 
     Raises:
-        FlagError: The checkpoint was trained on other rows.
+        FlagError: The checkpoint was trained on other rows, or cannot be continued.
     """
     args.megasft_plan = plan_identity
     _check_optimizer(args)
-    saved = None if args.finetune else _saved_identity(args)
-    if saved is None or saved == plan_identity:
+    state = None if args.finetune else _saved_state(args)
+    saved = None if state is None else identity_in(state)
+    if state is None or saved is None:
         return
-    theirs, ours = saved.split(", "), plan_identity.split(", ")
-    differences = "; ".join(
-        f"checkpoint: {a}, this run: {b}"
-        for a, b in zip_longest(theirs, ours, fillvalue="no mixture")
-        if a != b
-    )
+    _check_form_of_moments(args, state["args"])
+    if saved == plan_identity:
+        return
     raise FlagError(
-        f"--load {args.load} was trained on other rows ({differences}), so its position means "
-        "nothing here; use the same stores, --megasft-mixture, --megasft-packer, --seq-length, "
-        "--seed and --megasft-align-tokens, or start anew from its weights with --finetune"
+        f"--load {args.load} was trained on other rows ({differences(saved, plan_identity)}), so "
+        "its position means nothing here; use the same stores, --megasft-mixture, "
+        "--megasft-packer, --megasft-packings, --megasft-cost-window, --seq-length, --seed and "
+        "--megasft-align-tokens, or start anew from its weights with --finetune"
     )
+
+
+def differences(saved: str, ours: str) -> str:
+    """Name the parts in which two identities differ.
+
+    Example:
+        >>> differences("balanced, seed 1, mixture mixed 1a", "balanced, seed 2")
+        'checkpoint: seed 1, this run: seed 2; checkpoint: mixture mixed 1a, this run: no mixture'
+    """
+    theirs, these = _by_kind(saved), _by_kind(ours)
+    return "; ".join(
+        f"checkpoint: {theirs.get(kind, f'no {kind}')}, this run: {these.get(kind, f'no {kind}')}"
+        for kind in dict.fromkeys([*theirs, *these])
+        if theirs.get(kind) != these.get(kind)
+    )
+
+
+def _by_kind(identity: str) -> dict[str, str]:
+    found = {}
+    for part in identity.split(", "):
+        kind = next((kind for kind, start in KINDS.items() if re.match(start, part)), part)
+        found[kind] = part
+    return found
 
 
 def _check_optimizer(args: Any) -> None:
@@ -56,26 +95,54 @@ def _check_optimizer(args: Any) -> None:
         "without Transformer Engine or Apex, Megatron 0.19 cannot load a checkpoint of "
         "--use-distributed-optimizer (it asserts that torch's Adam has a step count already)"
     )
-    if _has_checkpoint(args) and not (args.finetune or args.no_load_optim):
+    if find(args) is not None and not (args.finetune or args.no_load_optim):
         raise FlagError(f"{fact}; drop the flag, or pass --no-load-optim to start it anew")
     if args.save:
         logger.warning("%s; a run saved to %s will not resume with its moments", fact, args.save)
 
 
-def _has_checkpoint(args: Any) -> bool:
-    return bool(args.load) and (Path(args.load) / TRACKER).is_file()
+def _check_form_of_moments(args: Any, saved: Any) -> None:
+    """Catch a checkpoint whose moments Megatron 0.19 cannot read without the flag it had."""
+    if args.no_load_optim or args.use_distributed_optimizer or saved.no_save_optim:
+        return
+    if saved.use_distributed_optimizer:
+        raise FlagError(
+            f"--load {args.load} was saved with --use-distributed-optimizer, and without the flag "
+            "Megatron 0.19 does not find its moments; add the flag, or pass --no-load-optim to "
+            "start them anew"
+        )
 
 
-def _saved_identity(args: Any) -> str | None:
+def find(args: Any) -> Path | None:
+    """Return the folder of the checkpoint that ``--load`` and ``--ckpt-step`` mean, if any.
+
+    A tracker that says "release" is not such a checkpoint unless a step is given.
+    """
+    tracker = Path(args.load) / TRACKER if args.load else None
+    if tracker is None or not tracker.is_file():
+        return None
+    step = args.ckpt_step or tracker.read_text().strip()
+    return tracker.parent / (RELEASE if step == RELEASE else f"iter_{int(step):07d}")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what Megatron saved beside the tensors: flags, iteration, learning-rate schedule.
+
+    Args:
+        folder: Of one checkpoint, ``iter_0000100``.
+    """
     from megatron.core import dist_checkpointing
 
-    if not _has_checkpoint(args):
-        return None
-    newest = (Path(args.load) / TRACKER).read_text().strip()
-    iteration = args.ckpt_step or newest
-    if iteration == "release":
-        return None
-    folder = Path(args.load) / f"iter_{int(iteration):07d}"
-    saved_args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
-    identity = getattr(saved_args, "megasft_plan", None)
+    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+    return state
+
+
+def identity_in(state: dict[str, Any]) -> str | None:
+    """Return the identity of the rows a checkpoint was trained on; None if megasft saved none."""
+    identity = getattr(state.get("args"), "megasft_plan", None)
     return None if identity is None else str(identity)
+
+
+def _saved_state(args: Any) -> dict[str, Any] | None:
+    folder = find(args)
+    return None if folder is None or folder.name == RELEASE else read_state(folder)

@@ -70,12 +70,7 @@ def why_not_dealt(args: Any) -> str | None:
 
 def _what_moves_edges(args: Any) -> str | None:
     """Return the flag by which the size of global batches changes during the run, if any."""
-    changing = {
-        "--rampup-batch-size": args.rampup_batch_size,
-        "--step-batch-size-schedule": args.step_batch_size_schedule,
-        "--phase-transition-iterations": args.phase_transition_iterations,
-    }
-    return next((flag for flag, value in changing.items() if value), None)
+    return "--step-batch-size-schedule" if args.step_batch_size_schedule else None
 
 
 def cost_of(args: Any) -> Cost:

@@ -2,21 +2,28 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.megatron.conftest import World
+from tests.megatron.conftest import ROW_TOKENS, World
+from tests.megatron.resumed_runs import DIES_IN, NUM_ROWS, TRACKER, Runs
 from tests.megatron.runs import CPU_ENV, ROOT, free_port, scalars, train
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-TRACKER = "latest_checkpointed_iteration.txt"
+
+EIGHT = ("--train-iters", STEPS, "--global-batch-size", 8)
+SIXTEEN = ("--train-iters", STEPS, "--global-batch-size", 16)
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +41,124 @@ def checkpoint_flags(folder: Path) -> tuple[object, ...]:
     return ("--train-iters", STEPS, "--save", folder, "--load", folder, "--save-interval", 1)
 
 
-def test_resuming_on_another_layout_continues_the_same_run(
-    world: World, uninterrupted: dict[int, float]
-) -> None:
-    """Saved at TP 2 x CP 2, resumed as DP 2 x PP 2, against a run in one go on one rank.
+GROWING = ("--step-batch-size-schedule", f"0:8 {24 * ROW_TOKENS}:16", "--train-samples", 72)
+"""Three steps of 8 rows, then 16; Megatron 0.19 ignores --rampup-batch-size."""
+CONSTANT_RATE = ("--lr-decay-style", "constant", "--override-opt-param-scheduler")
 
-    Mirrors ``save_checkpoint`` and ``load_checkpoint`` (megatron-core 0.19.2, torch_dist). Does not
-    cover the distributed optimizer, which needs Transformer Engine or Apex to load.
-    """
-    folder = checkpoint_flags(world.folder / "reshaped")
-    first = world.flags(
-        *("phase1", *folder, "--exit-interval", 3),
+# What is resumed on four ranks: checkpoint, flags, and the run in one go that it must equal.
+RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "pp2_dp2_micro2": (
+        "killed_tp2_cp2",
+        (*SIXTEEN, "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2),
+        "straight",
+    ),
+    "dp4": ("killed_tp2_cp2", SIXTEEN, "straight"),
+    "cp2_pp2": (
+        "killed_tp2_cp2",
+        (*SIXTEEN, "--context-parallel-size", 2, "--pipeline-model-parallel-size", 2),
+        "straight",
+    ),
+    "growing_tp2_micro2": (
+        "killed_growing",
+        (*GROWING, *CONSTANT_RATE, "--tensor-model-parallel-size", 2, "--micro-batch-size", 2),
+        "straight_growing",
+    ),
+    "larger_batch": ("killed_batch_of_8", (*SIXTEEN, *CONSTANT_RATE), "straight_growing"),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(world: World) -> Runs:
+    """Runs in one go on one rank; runs killed in their fourth step; these resumed elsewhere."""
+    runs = Runs(world)
+    straight = runs.entry("straight", *SIXTEEN)
+    runs.start(1, [straight, runs.entry("straight_growing", *GROWING, *CONSTANT_RATE)])
+    runs.start_and_die(
+        *(4, "killed_tp2_cp2", *SIXTEEN),
         *("--tensor-model-parallel-size", 2, "--context-parallel-size", 2),
     )
-    second = world.flags("phase2", *folder, "--pipeline-model-parallel-size", 2)
+    runs.start_and_die(2, "killed_growing", *GROWING, *CONSTANT_RATE)
+    runs.start_and_die(1, "killed_batch_of_8", *EIGHT, *CONSTANT_RATE)
+    entries = [runs.resume(killed, name, *flags) for name, (killed, flags, _) in RESUMED.items()]
+    output = runs.start(4, entries)
+    assert output.count(f"at iteration {DIES_IN - 1}") >= len(RESUMED)
+    return runs
 
-    output = train(4, [first, second], world.folder / "w4")
 
-    assert "at iteration 3" in output
-    losses = [scalars(world.folder / phase)["lm loss"] for phase in ("phase1", "phase2")]
-    assert [sorted(part) for part in losses] == [[1, 2, 3], [4, 5, 6]]
-    together = losses[0] | losses[1]
-    assert together == pytest.approx(uninterrupted, rel=2e-5)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_resumed_on_another_layout_trains_the_rows_and_losses_of_one_go(
+    resumed: Runs, name: str
+) -> None:
+    """Six steps in one go on one rank equal three, kill -9 in the fourth, and three elsewhere.
+
+    The position of a run is one integer, so a wrong row would stay unseen: losses go on looking
+    well. Here rows are told by the tokens that the model was given. All runs pass the end of the
+    first epoch, one of them at a step that another batch size begins. Mirrors ``save_checkpoint``,
+    ``load_checkpoint`` and ``MegatronPretrainingSampler`` (megatron-core 0.19.2, torch_dist). Does
+    not cover the distributed optimizer, which needs Transformer Engine or Apex to load.
+    """
+    killed, _, one_go = RESUMED[name]
+    wanted = resumed.rows(one_go)
+    before, after = resumed.rows(killed), resumed.rows(name)
+
+    assert sorted(before) == [1, 2, 3] and sorted(after) == [4, 5, 6]
+    assert before | after == wanted
+    trained = Counter(row for rows in wanted.values() for row in rows)
+    assert set(trained) == set(range(NUM_ROWS)), "the runs must pass the end of an epoch"
+    assert set(trained.values()) == {1, 2}, "and begin another one"
+    losses = resumed.losses(one_go)
+    assert len({round(loss, 3) for loss in losses.values()}) == STEPS, "losses tell steps apart"
+    # float32 sums in another order: 1e-6 a step, and three steps of Adam on top.
+    expected = {step: losses[step] for step in (4, 5, 6)}
+    assert resumed.losses(name) == pytest.approx(expected, rel=2e-5)
+
+
+def test_rows_trained_in_one_go_are_those_of_the_plan(resumed: Runs) -> None:
+    for name, sizes in (("straight", [16] * STEPS), ("straight_growing", [8] * 3 + [16] * 3)):
+        ends = np.cumsum([0, *sizes])
+        steps = enumerate(pairwise(ends.tolist()), start=1)
+        planned = {step: sorted(resumed.order[k] for k in range(*part)) for step, part in steps}
+        assert resumed.rows(name) == planned
+
+
+@pytest.mark.parametrize(
+    ("name", "counted", "given"),
+    [
+        (
+            "pp2_dp2_micro2",
+            "48 rows trained before, 14 still to come",
+            (
+                *("--tensor-model-parallel-size", 1, "--context-parallel-size", 1),
+                *("--pipeline-model-parallel-size", 2, "--micro-batch-size", 2),
+            ),
+        ),
+        (
+            "growing_tp2_micro2",
+            "24 rows trained before, 38 still to come",
+            ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2),
+        ),
+    ],
+)
+def test_resume_check_foretells_the_rows_that_the_resumed_run_trains(
+    resumed: Runs, name: str, counted: str, given: tuple[object, ...]
+) -> None:
+    killed = resumed.folder / RESUMED[name][0]
+    command = ("-m", "megasft.cli.main", "resume-check", str(killed), "--world-size", "4")
+
+    result = subprocess.run(
+        [sys.executable, *command, *map(str, given)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | CPU_ENV,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert f"{counted}, 0 repeated, 0 skipped" in result.stdout
+    lines = re.findall(r"data-parallel rank \d: rows ([\d, ]+)", result.stdout)
+    foretold = sorted(int(row) for line in lines for row in line.split(","))
+    assert foretold == resumed.rows(name)[DIES_IN]
 
 
 def kill_while_saving(flags: list[str], folder: Path, listing: Path) -> int:

@@ -1,5 +1,6 @@
 """Which differences of rows a resumed run is told of; loading itself is tested with Megatron."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,21 @@ from megasft.errors import FlagError
 from megasft.training import resume
 
 PLAN = "plan version 1, balanced, store abc, 9 samples, row_tokens 64, align_tokens 8, seed 1"
+WINDOW = "cost window 2 batches of 4 rows"
 OTHER_PACKER = PLAN.replace("balanced", "best_fit")
 
 
-def flags() -> Any:
-    return SimpleNamespace(load="ckpt", finetune=False, use_distributed_optimizer=False)
+def flags(**more: Any) -> Any:
+    given = {"load": "ckpt", "finetune": False, "use_distributed_optimizer": False}
+    given |= {"no_load_optim": None}
+    return SimpleNamespace(**(given | more))
+
+
+def save(monkeypatch: pytest.MonkeyPatch, identity: str, **more: Any) -> None:
+    """Let a checkpoint hold this identity."""
+    given = {"use_distributed_optimizer": False, "no_save_optim": None, "megasft_plan": identity}
+    state = {"args": SimpleNamespace(**(given | more))}
+    monkeypatch.setattr(resume, "_saved_state", lambda _: state)
 
 
 @pytest.mark.parametrize(
@@ -23,12 +34,61 @@ def flags() -> Any:
         (f"{PLAN}, mixture mixed 12ab", PLAN, "mixture mixed 12ab, this run: no mixture"),
         (OTHER_PACKER, PLAN, "checkpoint: best_fit, this run: balanced.*use .* --megasft-packer"),
         (f"{PLAN}, mixture mixed 1", f"{PLAN}, mixture sequential 1", "mixed 1, this run: mixture"),
+        (f"{PLAN}, 2 packings", PLAN, "checkpoint: 2 packings, this run: no packings"),
+        (
+            f"{PLAN}, mixture mixed 1, {WINDOW}",
+            f"{PLAN}, {WINDOW}",
+            r"\(checkpoint: mixture mixed 1, this run: no mixture\)",
+        ),
+        (
+            f"{PLAN}, {WINDOW}",
+            f"{PLAN}, mixture mixed 1",
+            "checkpoint: cost window 2 batches of 4 rows, this run: no cost window; checkpoint: no "
+            "mixture, this run: mixture mixed 1",
+        ),
+        (
+            PLAN.replace("9 samples", "8 samples").replace("abc", "abd"),
+            PLAN,
+            "store abd, this run: store abc; checkpoint: 8 samples, this run: 9 samples",
+        ),
     ],
 )
-def test_another_mixture_or_packer_is_other_rows(
+def test_each_part_of_other_rows_is_named_beside_its_like(
     monkeypatch: pytest.MonkeyPatch, saved: str, ours: str, difference: str
 ) -> None:
-    monkeypatch.setattr(resume, "_saved_identity", lambda _: saved)
-    with pytest.raises(FlagError, match=f"other rows \\(.*{difference}"):
+    save(monkeypatch, saved)
+    with pytest.raises(FlagError, match=f"other rows .*{difference}"):
         resume.check(flags(), ours)
     resume.check(flags(), saved)
+
+
+def test_a_run_that_starts_anew_from_weights_is_not_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save(monkeypatch, OTHER_PACKER)
+    given = flags(finetune=True)
+    resume.check(given, PLAN)
+    assert given.megasft_plan == PLAN
+
+
+def test_moments_of_the_distributed_optimizer_are_not_loaded_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save(monkeypatch, PLAN, use_distributed_optimizer=True)
+    with pytest.raises(FlagError, match="add the flag, or pass --no-load-optim"):
+        resume.check(flags(), PLAN)
+    resume.check(flags(no_load_optim=True), PLAN)
+    save(monkeypatch, PLAN, use_distributed_optimizer=True, no_save_optim=True)
+    resume.check(flags(), PLAN)
+
+
+def test_the_checkpoint_is_that_of_the_tracker_or_of_the_step_given(tmp_path: Path) -> None:
+    def found(**more: Any) -> Path | None:
+        return resume.find(SimpleNamespace(**({"load": tmp_path, "ckpt_step": None} | more)))
+
+    assert found() is None and found(load=None) is None
+    (tmp_path / resume.TRACKER).write_text("12\n")
+    assert found() == tmp_path / "iter_0000012"
+    assert found(ckpt_step=3) == tmp_path / "iter_0000003"
+    (tmp_path / resume.TRACKER).write_text("release")
+    assert found() == tmp_path / "release"

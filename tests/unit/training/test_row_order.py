@@ -32,9 +32,7 @@ def flags(**changes: Any) -> SimpleNamespace:
         "seed": 9,
         "megasft_no_balance": False,
         "megasft_cost_window": 0,
-        "rampup_batch_size": None,
         "step_batch_size_schedule": None,
-        "phase_transition_iterations": None,
         "consumed_train_samples": 0,
         "global_batch_size": 8,
         "data_parallel_size": 2,
@@ -83,9 +81,7 @@ def test_a_run_resumed_on_another_layout_and_batch_size_trains_what_was_left(
     ("changes", "reason"),
     [
         ({"megasft_no_balance": True}, "--megasft-no-balance is given"),
-        ({"rampup_batch_size": [2, 2, 100]}, "--rampup-batch-size moves the edges"),
         ({"step_batch_size_schedule": "0:2 1K:4"}, "--step-batch-size-schedule moves the edges"),
-        ({"phase_transition_iterations": [3]}, "--phase-transition-iterations moves the edges"),
     ],
 )
 def test_rows_are_not_dealt_where_global_batches_are_not_known_and_the_log_says_why(
@@ -140,7 +136,7 @@ def test_a_cost_window_changes_the_batches_and_both_sides_of_the_audit_know(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rampup_batch_size": [2, 2, 100]}, "and --rampup-batch-size moves their edges"),
+        ({"step_batch_size_schedule": "0:2"}, "and --step-batch-size-schedule moves their edges"),
         ({"global_batch_size": None}, "needs --global-batch-size N"),
     ],
 )
