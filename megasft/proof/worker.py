@@ -1,8 +1,8 @@
 """Runs the real training entry point once per layout in one process group, and records what it did.
 
-Starting processes is what costs on a CPU, so one start serves every layout of a world size. Two
-steps are run: the first gives the loss and all gradients, and when the second one's gradients are
-ready the parameters are still those the first step's update has left.
+Starting processes is what costs on a CPU, so one start serves every layout of a world size. The
+first step gives the loss and all gradients. The parameters are those its update has left: seen when
+a second step's gradients are ready, or after a run of one step.
 
 Usage: torchrun --nproc-per-node N -m megasft.proof.worker RUNS.json
 """
@@ -36,6 +36,7 @@ class Recorder:
         self.path, self.defect = path, defect
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.step = 0
+        self.model: list[Any] = []
         self.record: dict[str, Any] = {}
 
     def share(self, batch: SFTBatch) -> SFTBatch:
@@ -67,13 +68,22 @@ class Recorder:
             gradients = whole_tensors(model, lambda p: p.main_grad)  # type: ignore[attr-defined]
             self.record = {"loss": float(loss) / max(units, 1), "units": units}
             self.record["gradients"] = gradients
-        else:
-            self.record["parameters"] = whole_tensors(model, lambda p: p)
-            self.record["second_loss"] = float(loss) / max(units, 1)
-            if torch.distributed.get_rank() == 0:
-                unfinished = self.path.with_suffix(".tmp")
-                torch.save(self.record, unfinished)
-                unfinished.replace(self.path)
+            self.model = model
+        elif self.step == 2:
+            self.finish()
+
+    def finish(self) -> None:
+        """Record the parameters after the first step, unless that is done; and write the file."""
+        from megasft.proof.capture import whole_tensors
+
+        if not self.model:
+            return
+        self.record["parameters"] = whole_tensors(self.model, lambda p: p)
+        self.model = []
+        if torch.distributed.get_rank() == 0:
+            unfinished = self.path.with_suffix(".tmp")
+            torch.save(self.record, unfinished)
+            unfinished.replace(self.path)
 
 
 def main() -> None:
@@ -81,8 +91,10 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for entry in orjson.loads(Path(sys.argv[1]).read_bytes()):
         path, defect = Path(entry["record"]), DEFECTS.get(entry.get("defect"))
+        recorder = Recorder(path, defect)
         try:
-            run(entry["flags"], probe=Recorder(path, defect))
+            run(entry["flags"], probe=recorder)
+            recorder.finish()
         except MegasftError as error:
             path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
         except Exception:

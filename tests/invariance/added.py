@@ -32,7 +32,8 @@ def added_gradients(
     found = []
     for ranks in sorted({layout.ranks for layout, _ in pairs}):
         here = [(x, o) for x, o in pairs if x.ranks == ranks]
-        runs = [flags(x, o, is_on) for x, o in here for is_on in (False, True)]
+        one_step = ("--train-iters", "1")
+        runs = [[*flags(x, o, is_on), *one_step] for x, o in here for is_on in (False, True)]
         records = [torch.load(r) for r in record_all(ranks, runs, folder / f"runs{ranks}")]
         for (layout, objective), off, on in zip(here, records[::2], records[1::2], strict=True):
             without, with_it = off["gradients"], on["gradients"]

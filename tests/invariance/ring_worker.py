@@ -3,7 +3,7 @@
 Groups take every ``n``-th rank, as Megatron's do when tensor parallelism is inside them, so that a
 rank in the group is not its rank in the world; each group takes its share of the rows.
 
-Usage: torchrun --nproc-per-node 4 -m tests.invariance.ring_worker CP_SIZE NUM_CASES OUTPUT.json
+Usage: torchrun --nproc-per-node 4 -m tests.invariance.ring_worker NUM_CASES OUTPUT.json CP_SIZE...
 """
 
 import json
@@ -19,8 +19,16 @@ from megasft.cp_layout import zigzag_positions
 from tests.attention_cases import SCALE, answer, longest, random_case, tensors
 
 
-def main(cp_size: int, num_cases: int, output: Path) -> None:
+def main(num_cases: int, output: Path, cp_sizes: list[int]) -> None:
     dist.init_process_group("gloo")
+    results = {cp_size: check_all(cp_size, num_cases) for cp_size in cp_sizes}
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def check_all(cp_size: int, num_cases: int) -> dict[str, float]:
+    """Run all rows over groups of one size; return counts and the largest errors."""
     num_groups = dist.get_world_size() // cp_size
     members = [list(range(g, dist.get_world_size(), num_groups)) for g in range(num_groups)]
     groups = [dist.new_group(ranks) for ranks in members]
@@ -36,11 +44,9 @@ def main(cp_size: int, num_cases: int, output: Path) -> None:
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     total = torch.tensor(list(counts.values()))
     dist.all_reduce(total)
-    if dist.get_rank() == 0:
-        each_once = (total // cp_size).tolist()
-        result = dict(zip(counts, each_once, strict=True))
-        output.write_text(json.dumps(result | dict(zip(names, worst.tolist(), strict=True))))
-    dist.destroy_process_group()
+    each_once = (total // cp_size).tolist()
+    result = dict(zip(counts, each_once, strict=True))
+    return result | dict(zip(names, worst.tolist(), strict=True))
 
 
 def check(
@@ -74,4 +80,4 @@ def check(
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), [int(size) for size in sys.argv[3:]])

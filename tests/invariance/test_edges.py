@@ -84,7 +84,8 @@ def world_of(qwen3: World, name: str) -> World:
 
 def flags(qwen3: World, name: str, layout: Layout) -> list[str]:
     board = ("--tensorboard-dir", qwen3.folder / "boards" / name / layout.name)
-    steps = ("--tensorboard-log-interval", 1, "--log-interval", 1)
+    # The second step of a layout is trained in test_layouts.
+    steps = ("--tensorboard-log-interval", 1, "--log-interval", 1, "--train-iters", 1)
     world = world_of(qwen3, name)
     return [*world.flags(layout, OBJECTIVES["turn"]), *map(str, (*board, *steps))]
 

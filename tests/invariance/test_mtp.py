@@ -46,14 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_flags(folder: Path) -> list[str]:
     sizes = ("--seq-length", ROW_TOKENS, "--global-batch-size", BATCH, "--seed", SEED)
     data = ("--megasft-data", folder / "store", "--megasft-align-tokens", ALIGN)
-    steps = ("--train-iters", 2, "--calculate-per-token-loss", "--log-interval", 1000)
+    steps = ("--train-iters", 1, "--calculate-per-token-loss", "--log-interval", 1000)
     return [str(f) for f in (*data, *sizes, *steps, *MODEL, *ADAM.flags)]
 
 
 def make_start(folder: Path) -> Path:
     """Save the random weights of one rank: with tensor parallelism each rank draws its own."""
     write_store(folder / "store", random_samples(120, row_tokens=ROW_TOKENS, seed=SEED))
-    save = ("--save", folder / "start", "--save-interval", 2, "--no-save-optim", "--no-save-rng")
+    save = ("--save", folder / "start", "--save-interval", 1, "--no-save-optim", "--no-save-rng")
     still = ("--lr", 0, "--min-lr", 0, "--weight-decay", 0, "--micro-batch-size", 1)
     record_all(1, [[*base_flags(folder), *map(str, (*save, *still))]], folder / "runs0")
     return folder / "start"

@@ -27,6 +27,10 @@ class World(SimpleNamespace):
 
         self.folder = folder
         self.store = write_store(folder / "store", random_samples(150, seed=5, vocab=VOCAB))
+        # Rows for several evaluation batches, the last one not full; and no more, since most runs
+        # evaluate twice.
+        self.valid_samples = random_samples(40, seed=6, vocab=VOCAB)
+        self.valid = write_store(folder / "valid", self.valid_samples)
         torch.manual_seed(0)
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -35,9 +39,6 @@ class World(SimpleNamespace):
         model.save_pretrained(folder / "hf")
         convert(folder / "hf", folder / "megatron")
         self.model = model.double()
-
-    def whole_store(self) -> list[Sample]:
-        return [self.store.sample(i) for i in range(len(self.store))]
 
     def first_batch(self) -> list[Sample]:
         plan = plan_rows(self.store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
@@ -59,7 +60,7 @@ class World(SimpleNamespace):
 
     def flags(self, name: str, *more: object) -> list[str]:
         """Flags of a run that logs to ``folder / name``; later ones win."""
-        paths = ("--megasft-data", self.store.path, "--megasft-valid-data", self.store.path)
+        paths = ("--megasft-data", self.store.path, "--megasft-valid-data", self.valid.path)
         model = ("--megasft-hf", self.folder / "megatron", "--calculate-per-token-loss")
         sizes = ("--seq-length", ROW_TOKENS, "--global-batch-size", BATCH, "--seed", SEED)
         steps = ("--train-iters", 1, "--lr", 1e-3, "--clip-grad", 1.0, "--eval-interval", 1)

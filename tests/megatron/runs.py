@@ -2,45 +2,57 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU_ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+from tests.ranks import CPU_ENV, ROOT, Group, free_port
+
+__all__ = ["CPU_ENV", "ROOT", "free_port", "scalars", "torchrun", "train"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def torchrun(world_size: int, *command: str, timeout: float = 600, is_warm: bool = True) -> str:
+    """Run a module on ``world_size`` CPU ranks; fail with the end of its output.
 
-
-def torchrun(world_size: int, *command: str, timeout: float = 600) -> str:
-    """Run a module on ``world_size`` CPU ranks; fail with the end of its output."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    result = subprocess.run(
-        [*launcher, "--nproc-per-node", str(world_size), *command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | CPU_ENV,
-        timeout=timeout,
-        check=False,
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, f"exit code {result.returncode}\n{output[-6000:]}"
+    Args:
+        world_size: Ranks.
+        command: ``-m``, the module and its arguments.
+        timeout: Seconds, after which the ranks are ended.
+        is_warm: Whether ranks are forked by ``tests.rank_server``, which saves their imports, or
+            started by torchrun itself.
+    """
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        if is_warm:
+            code = Group(world_size, command, stdout=stdout, stderr=stderr).wait(timeout)
+        else:
+            launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+            code = subprocess.run(
+                [*launcher, "--nproc-per-node", str(world_size), *command],
+                stdout=stdout,
+                stderr=stderr,
+                cwd=ROOT,
+                env=os.environ | CPU_ENV,
+                timeout=timeout,
+                check=False,
+            ).returncode
+        stdout.seek(0)
+        stderr.seek(0)
+        output = stdout.read() + stderr.read()
+    assert code == 0, f"exit code {code}\n{output[-6000:]}"
     return output
 
 
-def train(world_size: int, runs: Sequence[Sequence[str]], folder: Path) -> str:
+def train(
+    world_size: int, runs: Sequence[Sequence[str]], folder: Path, *, is_warm: bool = True
+) -> str:
     """Run the training entry point once per list of flags, all in one process group."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "runs.json"
     listing.write_text(json.dumps([list(map(str, flags)) for flags in runs]))
-    return torchrun(world_size, "-m", "tests.megatron.worker", str(listing))
+    worker = ("-m", "tests.megatron.worker", str(listing))
+    return torchrun(world_size, *worker, is_warm=is_warm)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

@@ -88,7 +88,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]
             found[name][layout.label] = path
     for ranks, cases in by_ranks.items():
         (folder / f"{ranks}.json").write_text(json.dumps(cases))
-        torchrun(ranks, "-m", "tests.megatron.logits_worker", str(folder / f"{ranks}.json"))
+        listing = str(folder / f"{ranks}.json")
+        # The single rank is started by torchrun itself, as a user's is.
+        torchrun(ranks, "-m", "tests.megatron.logits_worker", listing, is_warm=ranks > 1)
     return found
 
 

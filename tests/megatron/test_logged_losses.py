@@ -31,8 +31,7 @@ def test_every_objective_and_the_validation_loss_equal_their_definition(world: W
         assert logged["lm loss"][1] == pytest.approx(expected.loss, rel=1e-5), name
         assert logged["grad-norm"][1] == pytest.approx(expected.grad_norm, rel=1e-4), name
         losses.add(round(expected.loss, 3))
-        whole = world.whole_store()
-        valid = world.oracle(objective, samples=whole, dft_alpha=alpha)
+        valid = world.oracle(objective, samples=world.valid_samples, dft_alpha=alpha)
         assert logged["lm loss validation"][1] == pytest.approx(valid.loss, rel=1e-5), name
     assert len(losses) == len(cases), "the losses must differ for this test to say anything"
 
