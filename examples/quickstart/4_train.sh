@@ -45,7 +45,7 @@ OUTPUT_ARGS=(
 
 # Megatron prints a thousand lines of flags: all of it goes to the log, what tells the story is shown.
 LOG=$DEMO_DIR/train.log
-SHOWN='^\[megasft\]| iteration +[0-9]+/|validation loss at|(saved|loaded) checkpoint|[Ee]rror: '
+SHOWN='^\[megasft\]|(saved|loaded) checkpoint|[Ee]rror: '
 
 train() { # the flags of one phase...
   torchrun --standalone --nproc-per-node 4 -m megasft.pretrain_sft \

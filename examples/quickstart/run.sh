@@ -52,6 +52,7 @@ megasft convert megatron-to-hf --checkpoint "$DEMO_DIR/checkpoints" --like "$DEM
 heading '6. The loss'
 python "$HERE/6_plot_loss.py" --tensorboard "$DEMO_DIR/tensorboard" --output "$DEMO_DIR/loss.png" \
   --mark "$HALF:TP 2 x CP 2 -> DP 2 x PP 2" | tee "$DEMO_DIR/loss.txt"
+megasft plot "$DEMO_DIR/checkpoints" --output "$DEMO_DIR/run.png"
 
 heading '7. The trained model answers'
 EXPECTED=(--expect "$ANSWER")

@@ -1,5 +1,6 @@
 """The quickstart as its reader runs it, with few steps: text to a Hugging Face folder and back."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -31,6 +32,12 @@ def test_the_quickstart_goes_all_the_way_and_ends_with_its_expected_lines(tmp_pa
     assert last.startswith("last loss ") and "at step 4" in last
     assert folder == f"Hugging Face checkpoint: {demo}/trained-hf"
     assert (demo / "loss.png").stat().st_size > 10_000
+    assert (demo / "run.png").stat().st_size > 10_000
+    steps = (demo / "checkpoints" / "log" / "steps.jsonl").read_text().splitlines()
+    losses = [step for step in map(json.loads, steps) if "loss" in step]
+    assert [step["steps"] for step in losses] == [1, 2, 3, 4]
+    assert first.split()[2] == f"{losses[0]['loss']:.4f}"
+    assert list((demo / "tensorboard").glob("events.out.tfevents.*"))
     before, after = (load_file(demo / f / "model.safetensors") for f in ("hf", "trained-hf"))
     assert before.keys() == after.keys()
     moved = [not np.array_equal(before[name], after[name]) for name in before]

@@ -1,0 +1,123 @@
+"""The commands of a run as one would type them: convert, torchrun, export.
+
+What is printed is what is run: the torchrun backend starts ``torchrun_command`` itself, and the
+batch script of Slurm holds the same words.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from omegaconf import OmegaConf
+
+from megasft.launch import prepare
+from megasft.launch.run import MODULE, Run, program
+from megasft.training.arguments import MODEL_FILE
+
+if TYPE_CHECKING:
+    from megasft.launch.config import Setting
+
+BOTH_STREAMS: Final = "3"
+WIDTH: Final = 100
+
+
+def torchrun_command(run: Run) -> list[str]:
+    """Return the command that starts this node's ranks and stays with them."""
+    launch = run.launch
+    ranks = launch.nproc_per_node
+    meeting = ["--standalone"]
+    if not launch.is_alone:
+        meeting = [
+            *("--nnodes", str(launch.nnodes)),
+            *("--rdzv-backend", launch.rdzv_backend, "--rdzv-endpoint", launch.endpoint),
+            *("--rdzv-id", launch.rdzv_id),
+        ]
+        if launch.rdzv_conf:
+            meeting += ["--rdzv-conf", launch.rdzv_conf]
+        if launch.rdzv_backend == "static":
+            meeting += ["--node-rank", str(launch.this_node)]
+        if launch.local_addr:
+            meeting += ["--local-addr", launch.local_addr]
+    # Everything each rank says is kept; Megatron talks on the first rank, and the loss on the last.
+    logs = ["--log-dir", str(run.log_dir), "--tee", BOTH_STREAMS, "--role", "rank"]
+    if ranks > 2:
+        logs += ["--local-ranks-filter", f"0,{ranks - 1}"]
+    size = ["--nproc-per-node", str(ranks), "--max-restarts", str(launch.max_restarts)]
+    return [program("torchrun"), *meeting, *size, *logs, "-m", MODULE, *run.argv]
+
+
+def before(run: Run) -> list[str] | None:
+    """Return the command that makes the converted checkpoint, where one has to be made."""
+    if run.conversion is None:
+        return None
+    words = prepare.convert_command(run.conversion)[3:]
+    return [program("megasft"), "convert", "hf-to-megatron", *words]
+
+
+def after(run: Run) -> list[str] | None:
+    """Return the command that exports the last checkpoint."""
+    if run.export is None:
+        return None
+    paths = prepare.export_command(run)[3:]
+    return [program("megasft"), "convert", "megatron-to-hf", *paths]
+
+
+def unless_incomplete(run: Run) -> str:
+    """Return what stands before an export: a run that was told to end early also ends with 0."""
+    if run.train_iters is None or run.export is None:
+        return ""
+    tracker = shlex.quote(str(run.export.source / prepare.TRACKER))
+    return f'test "$(cat {tracker})" != {run.train_iters} ||\n  '
+
+
+def shell(run: Run) -> str:
+    """Return the whole run as a shell script that works when pasted."""
+    lines = ["set -e"]
+    if (convert := before(run)) is not None:
+        assert run.conversion is not None
+        there = shlex.quote(str(run.conversion.output / MODEL_FILE))
+        lines.append(f"test -f {there} ||\n  {folded(convert, indent='    ')}")
+    environment = [f"{k}={v}" for k, v in run.environment.items()]
+    start = (["env", *environment] if environment else []) + torchrun_command(run)
+    lines.append(folded(start))
+    if (export := after(run)) is not None:
+        lines.append(f"{unless_incomplete(run)}{folded(export, indent='    ')}")
+    return "\n".join(lines) + "\n"
+
+
+def folded(command: Sequence[str], *, indent: str = "  ") -> str:
+    r"""Quote a command and break it before flags, with a backslash at each end of line.
+
+    Example:
+        >>> folded(["run", "--name", "a b"])
+        "run --name 'a b'"
+    """
+    words: list[str] = []
+    for word in map(shlex.quote, command):
+        if words and not word.startswith("-"):
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 > WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"{indent}{word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
+
+
+def resolved_yaml(settings: Iterable[Setting]) -> str:
+    """Return settings as a run.yaml of their own, section by section."""
+    tree: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        tree.setdefault(setting.section, {})[setting.key] = setting.value
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def as_comment(text: str) -> str:
+    """Return lines that a shell and YAML pass over."""
+    return "".join(f"# {line}\n" for line in text.splitlines())

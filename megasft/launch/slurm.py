@@ -1,0 +1,173 @@
+"""Writes a batch script for Slurm and submits it where there is ``sbatch``.
+
+The script starts one torchrun on each node and holds the very command of the other backends, so
+that it can be read, kept and submitted by hand. Chosen over a task for each rank, whose ranks Slurm
+would have to restart and whose first error nobody would look for. Options of sbatch are those of
+``launch.slurm`` under their own long names; megasft knows none of them but the three it sets.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+
+from megasft.errors import FlagError, MissingPackageError
+from megasft.launch import command, saved
+from megasft.launch.run import Run
+from megasft.training.arguments import MODEL_FILE
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE: Final = "sbatch.jinja"
+SCRIPT: Final = "run.sbatch"
+SET_HERE: Final = ("nodes", "ntasks-per-node")
+"""Options that follow from launch.nnodes; in launch.slurm they would say it twice."""
+KNOWN_THERE: Final = {
+    "--rdzv-endpoint": "$HEAD:$MEETING_PORT",
+    "--rdzv-id": "$SLURM_JOB_ID",
+}
+"""Values of torchrun's that only the job knows, as its shell says them."""
+SIGNALS: Final = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+"""Passed on to the ranks, those of ``--signal=USR1@300`` too, which would end torchrun alone."""
+
+
+def submit(run: Run, environ: Mapping[str, str]) -> int:
+    """Write the script beside the checkpoints and submit it, or say how to.
+
+    Raises:
+        FlagError: There is no place for the script, or Slurm refuses it.
+    """
+    text = script(run)
+    if run.save is None:
+        raise FlagError(
+            "launch.backend slurm writes its script into checkpoint.save, which is missing"
+        )
+    saved.save(run)
+    run.log_dir.mkdir(parents=True, exist_ok=True)  # a job without a place for its output dies mute
+    path = run.save / SCRIPT
+    saved.write(path, text)
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        logger.warning(
+            "%s is written and not submitted, because this machine has no sbatch; on one that has: "
+            "sbatch %s",
+            *(path, path),
+        )
+        return 0
+    tested = _call([sbatch, "--test-only", str(path)], environ)
+    if tested.returncode != 0:
+        raise FlagError(f"sbatch --test-only refuses {path}: {tested.stderr.strip()}")
+    submitted = _call([sbatch, str(path)], environ)
+    sys.stdout.write(submitted.stdout)
+    sys.stderr.write(submitted.stderr)
+    return submitted.returncode
+
+
+def script(run: Run) -> str:
+    """Return the batch script of a run.
+
+    Raises:
+        FlagError: An option of ``launch.slurm`` is set by megasft, or is no option.
+        MissingPackageError: The template is not installed.
+    """
+    environment = run.environment
+    convert, export = (_on_one_node(words) for words in (command.before(run), command.after(run)))
+    there = run.conversion.output / MODEL_FILE if run.conversion else ""
+    return _template().render(
+        started=shlex.join(["megasft", "train", str(run.config), *run.overrides]),
+        options=_options(run),
+        setup=run.launch.setup or [_path_line()],
+        environment=" ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items()),
+        convert=convert and command.folded(convert, indent="    "),
+        converted_file=shlex.quote(str(there)),
+        command=_torchrun(run),
+        export=export and command.unless_incomplete(run) + command.folded(export, indent="    "),
+    )
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    try:
+        return environment.get_template(TEMPLATE)
+    except jinja2.TemplateNotFound:
+        raise MissingPackageError(
+            f"megasft is installed without {TEMPLATE}; install it anew"
+        ) from None
+
+
+def _options(run: Run) -> list[str]:
+    """Return the lines after ``#SBATCH``: what follows from the run, then ``launch.slurm``."""
+    given = {str(k).replace("_", "-"): v for k, v in run.launch.slurm.items()}
+    twice = [name for name in SET_HERE if name in given]
+    if twice:
+        raise FlagError(
+            f"launch.slurm.{twice[0]} is set by megasft, from launch.nnodes; drop it there"
+        )
+    chosen: dict[str, Any] = {
+        "job-name": run.save.name if run.save else "megasft",
+        "nodes": run.launch.nnodes,
+        "ntasks-per-node": 1,
+        # The shell of the batch script keeps its own directory: paths are relative to it.
+        "output": f"{run.log_dir}/slurm-%j.out",
+        "open-mode": "append",
+    }
+    if not run.launch.cpu:
+        chosen["gpus-per-node"] = run.launch.nproc_per_node
+    return [_option(name, value) for name, value in (chosen | given).items() if value is not False]
+
+
+def _option(name: str, value: Any) -> str:
+    text = str(value)
+    if isinstance(value, (dict, list)) or "\n" in text:
+        raise FlagError(f"launch.slurm.{name} is {value!r}; an option of sbatch is one value")
+    return f"--{name}" if value is True else f"--{name}={shlex.quote(text)}"
+
+
+def _torchrun(run: Run) -> str:
+    """Return torchrun's command, with what only the job knows left to the shell of each node."""
+    torchrun, *words = command.torchrun_command(run)
+    # The name alone: what `setup` puts on PATH there decides.
+    words = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        Path(torchrun).name,
+        "--signals-to-handle",
+        SIGNALS,
+        *words,
+    ]
+    for flag, known_there in KNOWN_THERE.items():
+        words[words.index(flag) + 1] = f"@{known_there}@"
+    text = command.folded(words)
+    for known_there in KNOWN_THERE.values():
+        text = text.replace(shlex.quote(f"@{known_there}@"), f'"{known_there}"')
+    return text
+
+
+def _on_one_node(words: list[str] | None) -> list[str] | None:
+    if words is None:
+        return None
+    return ["srun", "--nodes=1", "--ntasks=1", Path(words[0]).name, *words[1:]]
+
+
+def _path_line() -> str:
+    return f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"'
+
+
+def _call(words: list[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, env=dict(environ), check=False)

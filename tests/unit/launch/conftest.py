@@ -1,0 +1,66 @@
+"""Run files in a folder of their own, beside a converted checkpoint."""
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megasft.launch.run import Run, resolve
+from megasft.training.arguments import MODEL_FILE
+
+MODEL_FLAGS = (
+    *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),
+    *("--max-position-embeddings", "512", "--padded-vocab-size", "256", "--swiglu"),
+    *("--position-embedding-type", "rope", "--disable-bias-linear"),
+)
+RUN_YAML = """
+launch:
+  nproc_per_node: 2
+  cpu: true
+model:
+  hf: converted
+data:
+  store: [store]
+  seq_length: 96
+  micro-batch-size: 1
+  global_batch_size: 8
+loss:
+  calculate_per_token_loss: true
+optim:
+  train_iters: 4
+  lr: 1e-3
+checkpoint:
+  save: ckpt/run
+  save_interval: 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of the run."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("NODE_RANK", "SLURM_NODEID", "PET_NODE_RANK", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / MODEL_FILE).write_text(json.dumps({"flags": list(MODEL_FLAGS)}))
+    return tmp_path
+
+
+@pytest.fixture
+def write_run(folder: Path) -> Callable[[str], Path]:
+    """Write a run.yaml, RUN_YAML unless told otherwise."""
+
+    def write(text: str = RUN_YAML) -> Path:
+        path = folder / "run.yaml"
+        path.write_text(textwrap.dedent(text).lstrip("\n"))
+        return Path("run.yaml")
+
+    return write
+
+
+@pytest.fixture
+def resolved(write_run: Callable[[str], Path]) -> Callable[..., Run]:
+    """Resolve RUN_YAML with some overrides."""
+    return lambda *overrides: resolve(write_run(RUN_YAML), overrides)
