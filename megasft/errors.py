@@ -39,3 +39,7 @@ class MissingPackageError(MegasftError, ImportError):
 
 class AuditError(MegasftError):
     """What a step computed is not what its rows hold; the run stops on that step."""
+
+
+class SaveError(MegasftError):
+    """A checkpoint could not be written; those before it are untouched."""

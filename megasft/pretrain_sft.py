@@ -39,15 +39,28 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megasft.training import arguments, datasets, hooks, resume, row_order
+    from megasft.training import (
+        arguments,
+        best,
+        datasets,
+        hooks,
+        resume,
+        row_order,
+        run_length,
+        saving,
+    )
     from megasft.training.forward_step import forward_step_func
     from megasft.training.global_batch import GlobalBatches
     from megasft.training.model import model_config
+    from megasft.training.preflight import run as preflight
+    from megasft.training.report import Report
 
     args: Any = arguments.parse(argv)
-    arguments.check(args)
-    data = datasets.open_data(args)
+    data = preflight.require(args)
     window = row_order.cost_window(args)
+    run_length.apply(args, data.train.plan)
+    saving.apply(args)
+    best.check(args, data.valid)
     resume.check(args, row_order.identity(data.train.plan, window))
     validate_args(args)
     datasets.set_eval_iters(args, data)
@@ -59,14 +72,18 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     batches = GlobalBatches(
         data.train.plan, seed=args.seed, objective=args.megasft_loss, window=window
     )
-    hooks.install(model.transformer, args, batches, probe)
+    keeper = saving.Keeper(args, rank=args.rank)
+    report = Report(args, data, batches, keeper)
+    hooks.install(model.transformer, args, batches, report, probe)
     config = pretrain_cfg_container_from_args(args, model)
-    pretrain(
-        config,
-        datasets.datasets_provider(args, data),
-        ModelType.encoder_or_decoder,
-        forward_step_func(args, batches, probe),
-    )
+    with saving.ends_by_signal(args), saving.explains_failed_saves(args), keeper, report:
+        pretrain(
+            config,
+            datasets.datasets_provider(args, data),
+            ModelType.encoder_or_decoder,
+            forward_step_func(args, batches, report, probe),
+            non_loss_data_func=report.evaluated,
+        )
 
 
 def configure_logging(*, rank: int) -> None:

@@ -59,6 +59,8 @@ class SFTBatch(NamedTuple):
         ends_turn: bool [T]. This label is the last of its turn.
         ends_sample: bool [T]. This label is the last of its sample.
         category_ids: int32 [T]. Category of the turn; 0 where there is none or no label.
+        turn_numbers: int32 [T]. Which supervised turn of its sample this label is of, from 1; 0
+            where there is no label.
         cu_seqlens: int32 [D + 1]. Aligned document borders of the whole micro-batch (global over
             the context-parallel ranks); starts at 0.
         cu_seqlens_unpadded: int32 [D + 1]. Running sums of the true document lengths (tail pads
@@ -73,6 +75,7 @@ class SFTBatch(NamedTuple):
     ends_turn: torch.Tensor
     ends_sample: torch.Tensor
     category_ids: torch.Tensor
+    turn_numbers: torch.Tensor
     cu_seqlens: torch.Tensor
     cu_seqlens_unpadded: torch.Tensor
 

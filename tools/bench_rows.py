@@ -206,9 +206,8 @@ def in_a_loop(store: TokenStore, rows: Rows, *, row_tokens: int) -> Columns:
     ints: Columns = {
         name: np.zeros(total, np.int64) for name in ("tokens", "labels", "position_ids")
     }
-    facts: Columns = {
-        name: np.zeros(total, np.int32) for name in ("turn_tokens", "sample_tokens", "category_ids")
-    }
+    of_label = ("turn_tokens", "sample_tokens", "category_ids", "turn_numbers")
+    facts: Columns = {name: np.zeros(total, np.int32) for name in of_label}
     ends: Columns = {name: np.zeros(total, np.bool_) for name in ("ends_turn", "ends_sample")}
     row, borders, unpadded = ints | facts | ends, [0], [0]
     for number, samples in enumerate(rows):
@@ -217,12 +216,13 @@ def in_a_loop(store: TokenStore, rows: Rows, *, row_tokens: int) -> Columns:
             size = -(-len(tokens) // ALIGN_TOKENS) * ALIGN_TOKENS
             row["tokens"][at : at + len(tokens)] = tokens
             row["position_ids"][at : at + size] = np.arange(size)
-            for start, num_tokens, category, _ in turns.tolist():
+            for nth, (start, num_tokens, category, _) in enumerate(turns.tolist(), start=1):
                 label = slice(at + start - 1, at + start - 1 + num_tokens)
                 row["labels"][label] = tokens[start : start + num_tokens]
                 row["turn_tokens"][label] = num_tokens
                 row["sample_tokens"][label] = turns[:, 1].sum()
                 row["category_ids"][label] = category
+                row["turn_numbers"][label] = nth
                 row["ends_turn"][label.stop - 1] = True
             row["ends_sample"][label.stop - 1] = True
             borders.append(at + size)

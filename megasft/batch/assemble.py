@@ -81,13 +81,11 @@ def assemble(
         row_tokens=row_tokens,
         align_tokens=align_tokens,
     )
-    num_tokens = int(layout.borders[-1])
     sizes = np.diff(layout.borders)
-    position_ids = np.arange(num_tokens)
-    position_ids -= np.repeat(layout.borders[:-1], sizes)
+    longest = np.arange(sizes.max())
     row: Columns = {
         "tokens": _tokens(samples.tokens, layout, pad_token=pad_token),
-        "position_ids": position_ids,
+        "position_ids": np.concatenate([longest[:size] for size in sizes.tolist()]),
         "cu_seqlens": layout.borders.astype(np.int32),
         "cu_seqlens_unpadded": np.append(0, np.cumsum(layout.true_lengths)).astype(np.int32),
     }
@@ -148,15 +146,19 @@ def _turn_facts(tokens: Ints, samples: Samples, starts: Ints) -> Columns:
     # Runs of positions: before the first turn, the turn, up to the second turn, the turn, ...
     edges = np.zeros(2 * len(sizes) + 2, np.int64)
     edges[1:-1:2], edges[2:-1:2], edges[-1] = first, last + 1, num_tokens
-    of_run = np.zeros((3, len(edges) - 1), np.int32)
-    of_run[:, 1::2] = sizes, of_sample[document], column["category_id"]
-    turn_tokens, sample_tokens, category_ids = np.repeat(of_run, np.diff(edges), axis=1)
+    turns_so_far = np.cumsum(samples.num_turns)
+    number = np.arange(1, len(sizes) + 1) - (turns_so_far - samples.num_turns)[document]
+    of_run = np.zeros((4, len(edges) - 1), np.int32)
+    of_run[:, 1::2] = sizes, of_sample[document], column["category_id"], number
+    turn_tokens, sample_tokens, category_ids, turn_numbers = np.repeat(
+        of_run, edges[1:] - edges[:-1], axis=1
+    )
 
     labels = np.zeros(num_tokens, np.int64)
     np.copyto(labels[:-1], tokens[1:], where=turn_tokens[:-1] > 0)
     ends_turn, ends_sample = np.zeros((2, num_tokens), np.bool_)
     ends_turn[last] = True
-    ends_sample[last[np.append(document[1:] != document[:-1], True)[: len(document)]]] = True
+    ends_sample[last[turns_so_far[samples.num_turns > 0] - 1]] = True
     return {
         "labels": labels,
         "turn_tokens": turn_tokens,
@@ -164,4 +166,5 @@ def _turn_facts(tokens: Ints, samples: Samples, starts: Ints) -> Columns:
         "ends_turn": ends_turn,
         "ends_sample": ends_sample,
         "category_ids": category_ids,
+        "turn_numbers": turn_numbers,
     }

@@ -12,7 +12,21 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from megasft.cli import build, convert, inspect, lint, mix, plan, prove, resume_check, trace
+from megasft.cli import (
+    build,
+    convert,
+    doctor,
+    inspect,
+    lint,
+    mix,
+    plan,
+    plot,
+    prove,
+    resume_check,
+    spikes,
+    trace,
+    train,
+)
 from megasft.errors import MegasftError
 
 app = typer.Typer(
@@ -29,10 +43,14 @@ app.command("mix")(mix.mix)
 app.command("build")(build.build)
 app.command("lint")(lint.lint)
 app.command("inspect")(inspect.inspect)
+app.command("doctor", context_settings=doctor.PASS_ON)(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("trace")(trace.trace)
-app.command("resume-check", context_settings=resume_check.CONTEXT)(resume_check.resume_check)
 app.command("prove")(prove.prove)
+app.command("plot")(plot.plot)
+app.command("spikes")(spikes.spikes)
+app.command("train")(train.train)
+app.command("resume-check", context_settings=resume_check.CONTEXT)(resume_check.resume_check)
 app.add_typer(convert.convert_app, name="convert")
 
 

@@ -85,7 +85,7 @@ def trace(
 
     prints the samples of a step, say one where the loss jumped. Rows and order come from the code
     that trains, so they are the run's if stores, mixture, length, seed, alignment, packer, packings
-    and cost window are (and the run has no --step-batch-size-schedule and did not change its batch size).
+    and cost window are (and the run has no --step-batch-size-schedule, and kept its batch size).
     """
     from rich.console import Console
 

@@ -20,7 +20,8 @@ from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
 from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
 from megasft.store import TokenStore
-from megasft.training import rope
+from megasft.training import best, freeze, retention, rope, run_length
+from megasft.training.report_arguments import add_report_arguments, check_report
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="where row plans are kept (default: row_plans in the store)",
     )
+    for flags in (run_length, freeze, retention, best):
+        flags.add_arguments(group)
+    add_report_arguments(group)
     return parser
 
 
@@ -240,6 +244,16 @@ def check(args: Any) -> None:
     if not 0.0 <= args.megasft_dft_alpha <= 1.0:
         raise FlagError(f"--megasft-dft-alpha is {args.megasft_dft_alpha}; it must lie in [0, 1]")
     _check_packing(args)
+    if args.rampup_batch_size is not None:
+        raise FlagError(
+            "--rampup-batch-size is parsed and ignored by Megatron 0.19; give "
+            "--step-batch-size-schedule, as '0:16 1B:32' (from 1B tokens on 32 rows)"
+        )
+    if args.phase_transition_iterations:
+        raise FlagError(
+            "--phase-transition-iterations: Megatron counts rows from 0 again behind a transition, "
+            "so the run would begin its first epoch anew; drop it"
+        )
     without_effect = {
         "--sft": args.sft,
         "--data-path": args.data_path,
@@ -267,6 +281,9 @@ def check(args: Any) -> None:
             "it, the plan is shuffled by --seed each epoch"
         )
     rope.from_flags(args)
+    check_report(args)
+    freeze.check(args)
+    retention.check(args.megasft_keep_last, args.save, retain_interval=args.save_retain_interval)
     _check_attention(args)
     _warn_of_what_depends_on_the_layout(args)
 
@@ -364,8 +381,10 @@ def parse(user_argv: Sequence[str]) -> Any:
     """Parse Megatron's flags and ours; validation comes later (``pretrain_sft``)."""
     from megatron.training.arguments import parse_args
 
+    from megasft.training.unknown_flags import clear_errors
+
     previous, sys.argv = sys.argv, [sys.argv[0], *assemble_argv(user_argv)]
     try:
-        return parse_args(add_arguments)
+        return parse_args(clear_errors(add_arguments))
     finally:
         sys.argv = previous

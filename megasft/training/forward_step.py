@@ -17,24 +17,28 @@ from megasft.loss.loss_func import LossOutput, sft_loss
 from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
 from megasft.training.global_batch import GlobalBatches
 from megasft.training.probe import Probe
+from megasft.training.report import Report
 from megasft.training.validation import loss_of_each_set, reported_names
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
 
 
 def forward_step_func(
-    args: Any, batches: GlobalBatches, probe: Probe | None = None
+    args: Any, batches: GlobalBatches, report: Report, probe: Probe | None = None
 ) -> Callable[[Iterator[Any], Any], tuple[torch.Tensor, LossFunc]]:
     """Return Megatron's ``forward_step_func`` for this run's loss.
 
     Args:
         args: Megatron's flags.
         batches: What the row plan knows of each global batch.
+        report: Gathers what is reported of the losses.
         probe: Sees, and may replace, each training share and its loss.
     """
     names = reported_names(args.megasft_valid_data)
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, LossFunc]:
+        if model.training:
+            report.begin_step()
         batch, set_of_row = next_batch(data_iterator)
         if probe is not None and model.training:
             batch = probe.share(batch)
@@ -60,13 +64,26 @@ def forward_step_func(
             **{name: mask.unsqueeze(0).to(device) for name, mask in masks.items()},
         )
         loss = partial(sft_loss, objective=args.megasft_loss, dft_alpha=args.megasft_dft_alpha)
+        gather = partial(report.add, batch=batch, is_training=model.training, set_of_row=set_of_row)
         if model.training:
-            return losses, _training_loss(args, partial(loss, batch=batch), batch, batches, probe)
-        if set_of_row is not None:
-            return losses, loss_of_each_set(loss, batch, set_of_row=set_of_row, names=names)
-        return losses, partial(loss, batch=batch)
+            loss_func = _training_loss(args, partial(loss, batch=batch), batch, batches, probe)
+        elif set_of_row is not None:
+            loss_func = loss_of_each_set(loss, batch, set_of_row=set_of_row, names=names)
+        else:
+            loss_func = partial(loss, batch=batch)
+        return losses, _gathered(loss_func, gather)
 
     return forward_step
+
+
+def _gathered(loss_func: LossFunc, gather: Callable[[torch.Tensor], None]) -> LossFunc:
+    """Return the loss function, which also hands its losses to the report."""
+
+    def gathered_loss(losses: torch.Tensor) -> LossOutput:
+        gather(losses)
+        return loss_func(losses)
+
+    return gathered_loss
 
 
 def _training_loss(

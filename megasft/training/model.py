@@ -15,7 +15,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megasft.attention.core_attention import PackedCoreAttention
 from megasft.errors import FlagError
-from megasft.training import rope
+from megasft.training import freeze, rope
 from megasft.training.arguments import attention_backend, uses_te_spec
 from megasft.training.model_builder import SFTModelConfig
 from megasft.training.norm import replace_norms, torch_norm
@@ -32,6 +32,9 @@ def model_config(args: Any) -> GPTModelConfig:
     # Megatron 0.19.2 parses this flag and leaves the config at its default, 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     _scale_rope(config, args)
+    freezing = freeze.hook_of(args)
+    if freezing is not None:
+        config.pre_wrap_hooks.append(freezing)
     backend = attention_backend(args)
     if backend is not None:
         if args.spec is not None:

@@ -11,7 +11,8 @@ from megasft.schema import PER_TOKEN_FIELDS, Sample
 
 DTYPES: dict[str, np.dtype[Any]] = {
     **dict.fromkeys(("tokens", "labels", "position_ids"), np.dtype(np.int64)),
-    **dict.fromkeys(("turn_tokens", "sample_tokens", "category_ids"), np.dtype(np.int32)),
+    **dict.fromkeys(("turn_tokens", "sample_tokens"), np.dtype(np.int32)),
+    **dict.fromkeys(("category_ids", "turn_numbers"), np.dtype(np.int32)),
     **dict.fromkeys(("ends_turn", "ends_sample"), np.dtype(np.bool_)),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_unpadded"), np.dtype(np.int32)),
 }
@@ -50,11 +51,12 @@ def _document(columns: dict[str, list[Any]], sample: Sample | None, size: int, p
     for t in range(size):
         facts = {name: 0 for name in PER_TOKEN_FIELDS}
         facts |= {"tokens": tokens[t] if t < len(tokens) else pad, "position_ids": t}
-        for start, num_tokens, category, _ in turns:
+        for number, (start, num_tokens, category, _) in enumerate(turns, start=1):
             if start <= t + 1 < start + num_tokens:
                 is_last = t + 2 == start + num_tokens
                 facts |= {"labels": tokens[t + 1], "turn_tokens": num_tokens}
                 facts |= {"sample_tokens": of_sample, "category_ids": category}
+                facts |= {"turn_numbers": number}
                 facts |= {"ends_turn": is_last, "ends_sample": is_last and start == turns[-1][0]}
         for name, value in facts.items():
             columns[name].append(value)

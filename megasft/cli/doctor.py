@@ -1,0 +1,238 @@
+"""``megasft doctor``: what is wrong with this machine, or with a run, before it starts."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from megasft.training.preflight.finding import Finding, Report
+    from megasft.training.preflight.subject import Wishes
+
+_STYLES: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_WIDE: Final = 10_000
+"""Columns where there is no terminal: a finding stays on its line, for grep."""
+
+PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Typer settings of this command: what is not its own is a flag of the run."""
+
+
+def doctor(
+    context: typer.Context,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="ranks of the run; default: WORLD_SIZE, else this machine's "
+            "GPUs, else one copy of the model",
+        ),
+    ] = None,
+    gpu_memory_gb: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="memory of a GPU that is not in this machine, as 80"),
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="of one GPU, for the hours of an epoch"),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write everything as JSON too; - for stdout")
+    ] = None,
+    list_rules: Annotated[
+        bool, typer.Option("--list", help="print all rules and what they mean")
+    ] = False,
+) -> None:
+    """Find what is wrong with a run before it starts, from its flags, stores and machine.
+
+    `megasft doctor`  (this machine alone)
+
+    `megasft doctor --world-size 64 --gpu-memory-gb 80 --megasft-data store --megasft-hf ckpt ...`
+
+    All other flags are those of the run, as after `-m megasft.pretrain_sft`. Nothing is started: no
+    process group, no model. Each run asks the same rules first, stops on errors (all of them at
+    once) and prints warnings; notes, such as the memory estimate, are the doctor's alone.
+
+    Exit code **0**: no errors; **1**: errors; **2**: wrong use.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    if list_rules:
+        _print_rules(console)
+        return
+    from megasft.training.preflight.finding import Severity
+    from megasft.training.preflight.subject import Wishes
+
+    report = _examine(context.args, world_size, Wishes(gpu_memory_gb, tokens_per_second))
+    if json is None or str(json) != "-":
+        _print_report(console, report)
+    if json is not None:
+        _write_json(report, json)
+    if report.of(Severity.ERROR):
+        raise typer.Exit(1)
+
+
+def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Report:
+    import logging
+
+    # What is printed while Megatron is imported is said by the report.
+    logging.getLogger("megasft").addHandler(logging.NullHandler())
+    from megasft import cpu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cpu.prepare()
+        from megasft.training import arguments
+        from megasft.training.preflight import machine, run
+        from megasft.training.preflight.subject import Subject
+
+        seen = machine.look()
+        if not flags:
+            return run.examine(Subject(seen, wishes))
+        args = arguments.parse(flags)
+        args.world_size = world_size or _world_size(args, len(seen.gpus), seen.environment)
+        return run.examine(Subject(seen, wishes, args))
+
+
+def _world_size(args: Any, num_gpus: int, environment: Any) -> int:
+    """Return the ranks of a run that does not say: those it would be started with, or the fewest.
+
+    Args:
+        args: Flags as parsed.
+        num_gpus: GPUs of this machine.
+        environment: Environment variables.
+    """
+    from megasft.training.preflight.parallel import model_parallel
+
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    tp, pp, cp = model_parallel(args)
+    return max(num_gpus, max(1, tp * pp * cp))
+
+
+def _print_rules(console: Console) -> None:
+    from rich.text import Text
+
+    from megasft import cpu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import logging
+
+        logging.getLogger("megasft").addHandler(logging.NullHandler())
+        cpu.prepare()
+        from megasft.training.preflight.rules import RULES
+
+    for name, rule in RULES.items():
+        style = _STYLES[rule.severity]
+        line = Text.assemble(
+            (f"{rule.severity:<9}", style), (f"{name:<25}", "bold"), f"{rule.theme}: {rule.meaning}"
+        )
+        console.print(line, soft_wrap=True)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    from rich.text import Text
+
+    themes = list(dict.fromkeys(finding.theme for finding in report.findings))
+    for theme in themes:
+        _print_theme(console, theme, [f for f in report.findings if f.theme == theme])
+    _print_memory(console, report)
+    for why in dict.fromkeys(item.why for item in report.unchecked):
+        rules = [rule for item in report.unchecked if item.why == why for rule in item.rules]
+        text = f"not checked, since {why}: {', '.join(rules)}"
+        _print_hanging(console, Text("", style="dim"), text, indent=4)
+    worst = report.findings[0].severity if report.findings else None
+    style = _STYLES[worst] if worst in ("error", "warning") else "bold green"
+    console.print(_header(report) + report.verdict(), style=style, markup=False)
+
+
+def _header(report: Report) -> str:
+    from megasft.training.preflight.finding import text_of_count
+
+    layout = report.facts.get("layout")
+    if layout is None:
+        return ""
+    parts = " x ".join(
+        f"{name.upper()} {layout[name]}" for name in ("tp", "cp", "pp", "dp") if layout[name] > 1
+    )
+    experts = f", EP {layout['ep']}" if layout["ep"] > 1 else ""
+    ranks = f"{layout['world_size']} rank{'' if layout['world_size'] == 1 else 's'}"
+    size = f"{text_of_count(report.facts['parameters'])} parameters"
+    return f"{size} on {ranks}{f' = {parts}' if parts else ''}{experts}: "
+
+
+def _print_theme(console: Console, theme: str, findings: Sequence[Finding]) -> None:
+    from rich.text import Text
+
+    console.print(Text(theme, style="bold"))
+    for finding in findings:
+        head = Text.assemble(
+            (f" {finding.severity:<8}", _STYLES[finding.severity]), (finding.rule, "bold"), ": "
+        )
+        _print_hanging(console, head, finding.fact)
+        if finding.remedy:
+            _print_hanging(console, Text.assemble(" " * 9, ("remedy: ", "dim")), finding.remedy)
+    console.print()
+
+
+def _print_hanging(console: Console, head: Text, text: str, *, indent: int = 9) -> None:
+    """Print a paragraph, the lines behind the first indented; long words are left whole."""
+    lines = textwrap.wrap(
+        head.plain + text,
+        console.width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    first = head.copy()
+    first.append(lines[0][len(head.plain) :] if len(lines[0]) > len(head.plain) else "")
+    console.print(first, soft_wrap=True)
+    for line in lines[1:]:
+        console.print(line, style=head.style, soft_wrap=True, markup=False)
+
+
+def _print_memory(console: Console, report: Report) -> None:
+    from rich.text import Text
+
+    from megasft.training.preflight.finding import text_of_bytes
+
+    found, there = report.facts.get("memory"), report.facts.get("gpu_memory")
+    if not found:
+        return
+    title = f"memory of the fullest GPU (pipeline stage {found['stage']}), estimated"
+    console.print(Text(title, style="bold"))
+    for part in found["parts"]:
+        head = f" {part['name']:<14}{text_of_bytes(part['num_bytes']):>10}  "
+        _print_hanging(console, Text(head), part["how"], indent=27)
+    of = f"of {text_of_bytes(there)}" if there else "--gpu-memory-gb GB compares it with a GPU"
+    _print_hanging(console, Text(f" {'together':<14}{text_of_bytes(found['total']):>10}  "), of)
+    console.print()
+
+
+def _write_json(report: Report, path: Path) -> None:
+    import sys
+
+    import orjson
+
+    data = orjson.dumps(report.as_json(), option=orjson.OPT_INDENT_2, default=str) + b"\n"
+    if str(path) == "-":
+        sys.stdout.write(data.decode())
+        return
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"--json {path} cannot be written ({error.strerror}); name a file in an existing folder"
+        ) from None

@@ -1,0 +1,98 @@
+"""A line of JSON per step and per evaluation, in one file that a resumed run goes on with.
+
+A line is written with one call and no buffer, so a run that is killed leaves at most one line
+without its end, which the next run cuts off. A run that resumes at step k removes the lines of
+step k and later before it writes its first, because these steps are trained again; what was there
+is kept as ``steps.jsonl.before``, so starting anew in a folder by mistake loses nothing.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from megasft.errors import FlagError
+from megasft.report.curves import FILE as FILE
+from megasft.report.record import StepRecord, ValidationRecord, as_json
+from megasft.report.sink import Setup
+
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+class Jsonl:
+    """Appends to ``steps.jsonl`` in the log folder."""
+
+    def __init__(self, setup: Setup) -> None:
+        assert setup.folder is not None, "a run without a folder has no such sink"
+        self.path = setup.folder / FILE
+        self.file: int | None = None
+        try:
+            setup.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FlagError(f"--megasft-log-dir {setup.folder} cannot be made: {error}") from error
+
+    def step(self, record: StepRecord) -> None:
+        """Append a step."""
+        self._append(as_json(record), first_step=record.step)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Append an evaluation."""
+        # That of step k belongs to a run that resumes behind step k.
+        self._append(as_json(record), first_step=record.step + 1)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    def _append(self, line: dict[str, Any], *, first_step: int) -> None:
+        if self.file is None:
+            cut_back(self.path, first_step=first_step)
+            self.file = os.open(self.path, _APPEND, 0o644)
+        os.write(self.file, _bytes(line))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line to a file that is not kept open."""
+    file = os.open(path, _APPEND, 0o644)
+    try:
+        os.write(file, _bytes(line))
+    finally:
+        os.close(file)
+
+
+def cut_back(path: Path, *, first_step: int) -> None:
+    """Remove the lines of steps that will be trained again, and a line without its end.
+
+    Args:
+        path: The file, which need not exist.
+        first_step: The first step that will be written.
+    """
+    if not path.is_file():
+        return
+    old = path.read_bytes()
+    kept = b"".join(
+        line
+        for line in old.splitlines(keepends=True)
+        if line.endswith(b"\n") and _step(line) < first_step
+    )
+    if kept == old:
+        return
+    path.with_name(f"{path.name}.before").write_bytes(old)
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(kept)
+    new.replace(path)
+
+
+def _bytes(line: dict[str, Any]) -> bytes:
+    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _step(line: bytes) -> float:
+    """Return the step of a line; one that cannot be read is behind all of them."""
+    try:
+        return int(orjson.loads(line)["steps"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return float("inf")

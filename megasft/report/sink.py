@@ -1,0 +1,55 @@
+"""What a place to write records to must do, and what it is told about the run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megasft.report.record import StepRecord, ValidationRecord
+
+
+class ScalarWriter(Protocol):
+    """What is asked of TensorBoard's ``SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Queue a value."""
+        ...
+
+    def flush(self) -> None:
+        """Write what is queued."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What sinks need to know.
+
+    Attributes:
+        folder: Log folder; None when the run keeps none.
+        flags: The run's flags, for trackers that show them.
+        writer: TensorBoard's, where Megatron made one.
+        console_interval: Steps from one printed line to the next; 0 prints none.
+        table_interval: Steps from one printed table of categories to the next; 0 prints none.
+    """
+
+    folder: Path | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    writer: ScalarWriter | None = None
+    console_interval: int = 1
+    table_interval: int = 0
+
+
+class Sink(Protocol):
+    """Where records go. What it was given is on its way when a method returns."""
+
+    def step(self, record: StepRecord) -> None:
+        """Write a training step."""
+        ...
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Write an evaluation."""
+        ...
+
+    def close(self) -> None:
+        """End the run; nothing is written after it."""
+        ...

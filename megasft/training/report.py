@@ -1,0 +1,274 @@
+"""What a run reports of each step and evaluation: gathers it, reduces it once, hands it to sinks.
+
+The road of a step: micro-batches add their losses to a table on the device (last pipeline stage,
+one rank of each tensor-parallel group); ``finalize_model_grads`` is where all ranks meet, and one
+all-reduce over all of them sums the table, so that rank 0 has it on any layout; the record is made
+when the optimizer has stepped, which is the last that is known of a step, and written at once. So
+nothing waits for a next step that a signal, ``--exit-interval`` or a crash may prevent.
+
+Rank 0 prints and writes; the last rank, where Megatron keeps its TensorBoard writer, adds to that.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Self
+
+import numpy as np
+import psutil
+import torch
+
+from megasft import cpu
+from megasft.loss.breakdown import Breakdown
+from megasft.loss.per_sample import SAMPLE_COLUMNS
+from megasft.report.devices import peak_tflops
+from megasft.report.record import Losses, Speed, StepRecord, ValidationRecord, losses_of
+from megasft.report.sink import Setup, Sink
+from megasft.report.sinks import SINKS
+from megasft.schema import SFTBatch
+from megasft.store import TokenStore
+from megasft.training.best import loss_of_each
+from megasft.training.datasets import RunData
+from megasft.training.global_batch import GlobalBatches
+from megasft.training.optimizer_watch import OptimizerStep, watch
+from megasft.training.report_arguments import log_folder
+from megasft.training.saving import Keeper
+from megasft.training.spikes import Spikes
+
+logger = logging.getLogger(__name__)
+
+GIB: Final = 2**30
+
+
+class Report:
+    """Gathers what is reported of a run; one per rank.
+
+    Args:
+        args: Megatron's flags.
+        data: Stores and plans of the run.
+        batches: What the row plan knows of each global batch.
+        keeper: Hears of each evaluation.
+    """
+
+    def __init__(self, args: Any, data: RunData, batches: GlobalBatches, keeper: Keeper) -> None:
+        self.args, self.batches, self.keeper = args, batches, keeper
+        self.store, self.plan = data.train.store, data.train.plan
+        self.valid_names = tuple(data.valid)
+        self.names = {"train": [_categories(self.store)]}
+        self.names["valid"] = [_categories(planned.store) for planned in data.valid.values()]
+        self._tables: dict[str, Breakdown] = {}
+        self._sinks: list[Sink] = []
+        self._reduced: torch.Tensor | None = None
+        self._began: float | None = None
+        keeps_spikes = args.megasft_spikes and log_folder(args) is not None
+        self._spikes = Spikes(args, data.train, batches) if keeps_spikes else None
+        self._reduced_samples: torch.Tensor | None = None
+        self._is_watching: bool | None = None
+
+    def begin_step(self) -> None:
+        """Note when the first micro-batch of a step begins."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def add(
+        self,
+        losses: torch.Tensor,
+        batch: SFTBatch,
+        *,
+        is_training: bool,
+        set_of_row: torch.Tensor | None = None,
+    ) -> None:
+        """Add the losses of a micro-batch; called where there are any, on the last stage."""
+        from megatron.core import mpu
+
+        # Every rank of a tensor-parallel group has the same losses.
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            table = self._table("train" if is_training else "valid")
+            table.add(losses, batch, set_of_row=set_of_row)
+            if is_training and self._spikes is not None:
+                self._spikes.add(losses, batch)
+
+    def finalize(self, config: Any) -> None:
+        """Sum the table of the step over all ranks; called on each, after its last micro-batch.
+
+        Args:
+            config: Megatron's ``TransformerConfig``.
+        """
+        if self._is_watching is None:
+            self._is_watching = watch(config, self._stepped)
+            if not self._is_watching:
+                logger.warning("Megatron's config holds no optimizer; steps are not reported")
+        # A step that Megatron runs again, to check a result, counts once: the last run of it.
+        self._reduced, self._reduced_samples = self._sum_of_ranks("train")
+
+    def evaluated(self, _model: Any) -> None:
+        """Report an evaluation; Megatron calls it on all ranks at the end (``non_loss_data_func``).
+
+        Its sums are reduced here, because gradients are finalized in training alone.
+        """
+        sums, _ = self._sum_of_ranks("valid")
+        table, slots = sums.tolist(), self._tables["valid"].sets
+        sets = {
+            name: self._losses(table, slots[n], self.names["valid"][n])
+            for n, name in enumerate(self.valid_names)
+        }
+        step = int(self.args.iteration if self.args.skip_train else self.args.curr_iteration + 1)
+        self.keeper.evaluated(step, loss_of_each(sets, objective=self.args.megasft_loss))
+        record = ValidationRecord(step, sets, time.time())
+        self._write(lambda sink: sink.validation(record))
+
+    def __enter__(self) -> Self:
+        """Open what is written to: a rank that cannot must not leave others in a collective."""
+        self._sinks = _sinks(self.args)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Close what is written to, however the run ends."""
+        self._write(lambda sink: sink.close())
+
+    def _stepped(self, optimizer: OptimizerStep) -> None:
+        """Write the record of the step."""
+        assert self._began is not None and self._reduced is not None, "a step has micro-batches"
+        seconds = time.perf_counter() - self._began
+        self._began = None
+        if not self._sinks:
+            return
+        batch = self.batches.now(self.args)
+        lengths = self._lengths(batch.rows)
+        (slots,), (names,) = self._tables["train"].sets, self.names["train"]
+        tokens = int(lengths.sum())
+        record = StepRecord(
+            step=int(self.args.curr_iteration) + 1,
+            num_steps=int(self.args.train_iters),
+            epoch=(self.args.consumed_train_samples + len(batch.rows)) / self.plan.epoch_rows,
+            losses=self._losses(self._reduced.tolist(), slots, names),
+            padding=1.0 - tokens / batch.positions,
+            speed=self._speed(seconds, lengths, labels=batch.labels),
+            grad_norm=optimizer.grad_norm,
+            learning_rate=optimizer.learning_rate,
+            memory_gib=_memory_bytes() / GIB,
+            is_skipped=optimizer.is_skipped,
+            time=time.time(),
+        )
+        self._write(lambda sink: sink.step(record))
+        self._look_for_spike(record)
+
+    def _look_for_spike(self, record: StepRecord) -> None:
+        """Keep the conversations of a step whose loss rose, and say so."""
+        if self._spikes is None or self._reduced_samples is None or record.losses is None:
+            return
+        loss = record.losses.loss
+        try:
+            median = self._spikes.stepped(record.step, loss, self._reduced_samples)
+        except OSError as error:
+            self._spikes.file = None
+            logger.warning("%s; no more spikes are kept, training goes on", error)
+            return
+        if median is not None:
+            logger.warning(
+                "step %d: loss %.4f is %.2f times the median of the steps before, %.4f; "
+                "`megasft spikes %s --step %d` lists its conversations by loss",
+                *(record.step, loss, loss / median, median, log_folder(self.args), record.step),
+            )
+
+    def _write(self, write: Callable[[Sink], None]) -> None:
+        """Hand a record to each sink; one that fails is left out from then on, training goes on."""
+        for sink in tuple(self._sinks):
+            try:
+                write(sink)
+            except Exception as error:  # whatever a disk or somebody's server may raise
+                self._sinks.remove(sink)
+                logger.warning(
+                    "%s: %s: %s; nothing more is written there, training goes on",
+                    *(type(sink).__name__, type(error).__name__, error),
+                )
+
+    def _table(self, which: str) -> Breakdown:
+        if which not in self._tables:
+            self._tables[which] = Breakdown(
+                [sorted(names) for names in self.names[which]],
+                objective=self.args.megasft_loss,
+                device=torch.device("cuda", torch.cuda.current_device()),
+            )
+        return self._tables[which]
+
+    def _sum_of_ranks(self, which: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the sums of all ranks, by slot and by sample, and begin anew.
+
+        All ranks take part: those of other pipeline stages bring zeros, and rank 0 is on the first.
+        """
+        table = self._table(which).sums
+        parts = [table.flatten()]
+        if which == "train" and self._spikes is not None:
+            parts.append(self._spikes.sums().flatten())
+        sums = torch.cat(parts)
+        table.zero_()
+        torch.distributed.all_reduce(sums)
+        by_slot, by_sample = sums.tensor_split([table.numel()])
+        samples = by_sample.view(-1, len(SAMPLE_COLUMNS)) if len(parts) > 1 else None
+        return by_slot.view_as(table), samples
+
+    def _losses(
+        self, table: Sequence[Sequence[float]], slots: Any, names: Mapping[int, str]
+    ) -> Losses | None:
+        objective, alpha = self.args.megasft_loss, self.args.megasft_dft_alpha
+        return losses_of(table, slots, objective=objective, dft_alpha=alpha, names=names)
+
+    def _lengths(self, rows: Sequence[int]) -> Any:
+        """Return the true lengths of the documents of these rows."""
+        samples = np.concatenate([self.plan.rows[row] for row in rows])
+        return self.store.tokens.lengths[samples].astype(np.int64)
+
+    def _speed(self, seconds: float, lengths: Any, *, labels: int) -> Speed:
+        from megatron.training.training import num_floating_point_operations
+
+        operations = num_floating_point_operations(
+            self.args,
+            batch_size=0,
+            seqlen_squared_sum_in_batch=float(np.square(lengths).sum()),
+            total_real_tokens_in_batch=float(lengths.sum()),
+        )
+        per_rank = seconds * self.args.world_size
+        tflops, peak = operations / per_rank / 1e12, _peak(self.args)
+        return Speed(
+            seconds=seconds,
+            tokens=float(lengths.sum()) / per_rank,
+            labels=labels / per_rank,
+            tflops=tflops,
+            mfu=None if peak is None else tflops / peak,
+        )
+
+
+def _categories(store: TokenStore) -> dict[int, str]:
+    return {int(i): str(name) for i, name in store.meta.get("categories", {}).items()}
+
+
+def _sinks(args: Any) -> list[Sink]:
+    """Make the sinks of this rank."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    setup = Setup(
+        folder=log_folder(args),
+        flags={k: v for k, v in vars(args).items() if isinstance(v, str | int | float | bool)},
+        writer=get_tensorboard_writer(),
+        console_interval=args.megasft_console_interval,
+        table_interval=args.megasft_table_interval,
+    )
+    names = []
+    if args.rank == 0:
+        names = ["console", *(["jsonl"] if setup.folder else []), *args.megasft_track]
+    if setup.writer is not None:
+        names.append("tensorboard")
+    return [SINKS[name](setup) for name in names]
+
+
+def _peak(args: Any) -> float | None:
+    if args.megasft_peak_tflops is not None:
+        return float(args.megasft_peak_tflops)
+    return None if cpu.is_needed() else peak_tflops(torch.cuda.get_device_name())
+
+
+def _memory_bytes() -> int:
+    if cpu.is_needed():
+        return int(psutil.Process().memory_info().rss)
+    return torch.cuda.max_memory_allocated()

@@ -1,0 +1,74 @@
+"""Runs the real training entry point several times, with something happening to a rank at a step.
+
+Usage: torchrun --nproc-per-node N -m tests.megatron.saving_worker RUNS.json, a list of
+{"flags": [...], "ranks": [R, ...], "step": S, "event": "usr1" | "term" | "disk-full" | null}.
+What became of each run is written beside it: I-RANK.json with the exit code or the error.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasft.errors import MegasftError
+from megasft.loss.loss_func import LossOutput
+from megasft.pretrain_sft import configure_logging, run
+from megasft.proof.worker import forget
+from megasft.schema import SFTBatch
+
+SIGNALS = {"usr1": signal.SIGUSR1, "term": signal.SIGTERM}
+SMALL_FILE = 600_000
+"""Bytes: more than the log of these runs, less than a part of a checkpoint."""
+
+
+class Event:
+    """A probe that does something to its own process before the optimizer's step."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.event, self.ranks, self.at = entry["event"], entry["ranks"], entry["step"]
+        self.step = 0
+
+    def share(self, batch: SFTBatch) -> SFTBatch:
+        return batch
+
+    def loss(self, output: LossOutput, batch: SFTBatch) -> LossOutput:
+        return output
+
+    def gradients(self, model: list[Any], units: int) -> None:
+        self.step += 1
+        if torch.distributed.get_rank() not in self.ranks or self.step != self.at:
+            return
+        if self.event in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.event])
+        if self.event == "disk-full":
+            # Writers inherit it; Python ignores SIGXFSZ, so writes fail as on a full disk.
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, hard))
+
+
+def main() -> None:
+    configure_logging(rank=int(os.environ["RANK"]))
+    listing = Path(sys.argv[1])
+    for i, entry in enumerate(json.loads(listing.read_text())):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        outcome: dict[str, Any] = {"exit": None, "error": None}
+        try:
+            run(entry["flags"], probe=Event(entry))
+        except SystemExit as ended:
+            outcome["exit"] = ended.code
+        except MegasftError as error:
+            outcome["error"] = f"{type(error).__name__}: {error}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        rank = torch.distributed.get_rank()
+        listing.with_name(f"{i}-{rank}.json").write_text(json.dumps(outcome))
+        forget()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+import io
+from dataclasses import replace
+
+from rich.console import Console as Screen
+
+from megasft.report.console import Console, line_of
+from megasft.report.sink import Setup
+
+from .records import LOSSES, STEP, VALIDATION, step
+
+
+def printed(*, interval: int = 1, table_interval: int = 0) -> str:
+    screen = Screen(file=io.StringIO(), width=200, highlight=False)
+    sink = Console(Setup(console_interval=interval, table_interval=table_interval), screen)
+    for number in range(1, 5):
+        sink.step(step(number))
+    sink.validation(VALIDATION)
+    file = screen.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_a_line_holds_what_one_watches_and_its_columns_do_not_move() -> None:
+    line = line_of(STEP)
+    assert line.startswith(
+        "step 2/4  loss 1.2500  token 1.5000 sample 1.3750 turn 1.2500 p 0.375 | norm  0.750 "
+    )
+    assert "1,200 labels |  3.1% pad |" in line and "MFU" not in line
+    quick = replace(STEP, step=3, speed=STEP.speed._replace(tokens=123.0, seconds=12.5))
+    bars = [n for n, c in enumerate(line) if c == "|"]
+    assert [n for n, c in enumerate(line_of(quick)) if c == "|"] == bars
+    known = replace(STEP, speed=STEP.speed._replace(mfu=0.416))
+    assert " 41.6% MFU |" in line_of(known)
+
+
+def test_a_step_without_labels_or_update_says_so() -> None:
+    empty = replace(STEP, losses=None, grad_norm=None, learning_rate=None, is_skipped=True)
+    line = line_of(empty)
+    assert "no label in this step" in line and "skipped: the gradient is not finite" in line
+
+
+def test_lines_and_tables_come_at_their_intervals() -> None:
+    assert printed().count("[megasft] step ") == 4
+    assert printed(interval=2).count("[megasft] step ") == 2
+    assert printed(interval=0) == ""
+    assert "maths" not in printed()
+    # Steps 2 and 4, and the evaluation.
+    assert printed(table_interval=2).count("stem_zh/phy") == 3
+
+
+def test_the_dearest_category_is_on_top_and_a_set_without_labels_is_left_out() -> None:
+    text = printed(interval=1, table_interval=4)
+    assert text.index("stem_zh/phy") < text.index("maths")
+    assert "validation talk after step 2" in text and "perplexity 4.482" in text
+    assert "validation none" not in text
+    assert LOSSES.turn_positions.keys() == {"1"} and "turn 1 " in text and "labels 16-63" in text

@@ -1,0 +1,108 @@
+"""How rules are asked: stages, what a run leaves out, and rules that fail themselves."""
+
+import logging
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megasft.errors import FlagError
+from megasft.training.preflight import run
+from megasft.training.preflight.finding import Hit, Severity
+from megasft.training.preflight.machine import look
+from megasft.training.preflight.rules import RULES, Rule, Stage
+from megasft.training.preflight.subject import Subject, Wishes
+
+logger = logging.getLogger("megasft.some.check")
+
+
+def rule(severity: Severity, *messages: str, announced: bool = False) -> Rule:
+    def check(subject: Subject) -> Iterable[Hit]:
+        return map(Hit.from_message, messages)
+
+    return Rule(severity, Stage.FLAGS, "theme", "meaning", check, announced)
+
+
+def logs(subject: Subject) -> Iterable[Hit]:
+    logger.warning("said by %s; do this", "a check")
+    return ()
+
+
+def fails(subject: Subject) -> Iterable[Hit]:
+    raise KeyError("a flag that is not there")
+
+
+def ask(rules: dict[str, Rule], monkeypatch: pytest.MonkeyPatch, *, in_run: bool) -> Any:
+    monkeypatch.setattr(run, "RULES", rules)
+    subject = Subject(look(), Wishes(), SimpleNamespace())
+    return run.examine(subject, in_run=in_run)
+
+
+E, W, N = Severity
+
+
+def test_every_rule_has_a_theme_and_says_what_it_finds() -> None:
+    assert all(rule.theme and rule.meaning[-1] != "." for rule in RULES.values())
+    assert len({rule.check for rule in RULES.values()}) == len(RULES)
+    assert {rule.stage for rule in RULES.values()} == set(Stage)
+
+
+def test_errors_come_first_and_notes_are_the_doctors(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"n": rule(N, "a; b"), "w": rule(W, "c"), "e": rule(E, "d; e; f")}
+
+    found = ask(rules, monkeypatch, in_run=False).findings
+    assert [(f.rule, f.fact, f.remedy) for f in found] == [
+        ("e", "d; e", "f"),
+        ("w", "c", ""),
+        ("n", "a", "b"),
+    ]
+    assert [f.rule for f in ask(rules, monkeypatch, in_run=True).findings] == ["e", "w"]
+
+
+def test_what_a_run_announces_itself_is_not_said_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"w": rule(W, "a", announced=True), "e": rule(E, "b", announced=True)}
+    assert [f.rule for f in ask(rules, monkeypatch, in_run=False).findings] == ["e", "w"]
+    assert [f.rule for f in ask(rules, monkeypatch, in_run=True).findings] == ["e"]
+
+
+def test_what_a_check_logs_is_a_warning_of_it_and_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging_rule = Rule(E, Stage.FLAGS, "theme", "meaning", logs)
+    (finding,) = ask({"l": logging_rule}, monkeypatch, in_run=True).findings
+    assert (finding.severity, finding.message) == (W, "said by a check; do this")
+    assert not caplog.messages
+
+
+def test_a_check_that_fails_stops_nothing_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"f": Rule(E, Stage.FLAGS, "theme", "meaning", fails), "e": rule(E, "b")}
+    report = ask(rules, monkeypatch, in_run=True)
+    assert [f.rule for f in report.findings] == ["e"]
+    assert report.unchecked[0].rules == ("f",)
+    assert "KeyError: 'a flag that is not there'" in report.unchecked[0].why
+
+
+def test_a_check_made_nowhere_else_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"f": Rule(E, Stage.FLAGS, "theme", "meaning", fails, essential=True)}
+    with pytest.raises(KeyError):
+        ask(rules, monkeypatch, in_run=True)
+    assert {name for name, rule in RULES.items() if rule.essential} == {"refused-flag", "rows"}
+
+
+def test_a_run_raises_one_error_as_it_is_and_several_as_a_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "RULES", {"e": rule(E, "one; mend it")})
+    with pytest.raises(FlagError, match=r"^one; mend it$"):
+        run.require(SimpleNamespace())
+    monkeypatch.setattr(run, "RULES", {"e": rule(E, "one; mend it", "two")})
+    with pytest.raises(FlagError, match=r"^2 things are wrong with this run:\n  1. one; mend it\n"):
+        run.require(SimpleNamespace())
+
+
+def test_stages_that_cannot_be_reached_are_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = Rule(E, Stage.MODEL, "theme", "meaning", fails)
+    report = ask({"e": rule(E, "b"), "later": later}, monkeypatch, in_run=False)
+    assert [item.rules for item in report.unchecked if item.rules] == [("later",)]
+    assert cast(Any, report).num_rules == 1

@@ -1,0 +1,116 @@
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megasft.errors import FlagError
+from megasft.training import best
+from megasft.training.best import BestTracker
+
+
+def flags(folder: Path, **changes: Any) -> SimpleNamespace:
+    given = {
+        "megasft_best": "all",
+        "megasft_early_stop": None,
+        "save": str(folder),
+        "save_interval": 100,
+        "exit_interval": None,
+    }
+    return SimpleNamespace(**(given | changes))
+
+
+def decisions(tracker: BestTracker, losses: dict[int, float]) -> dict[int, tuple[bool, bool]]:
+    """Say of each evaluation whether Megatron would save, and end, behind it."""
+    made = {}
+    for iteration, loss in losses.items():
+        tracker.begin_step()
+        tracker.evaluated(iteration, {"all": loss})
+        args = tracker.args
+        saves = iteration % args.save_interval == 0
+        made[iteration] = (saves, bool(args.exit_interval) and iteration % args.exit_interval == 0)
+        if made[iteration][1]:
+            break
+    return made
+
+
+def test_the_lowest_losses_are_saved_and_named(tmp_path: Path) -> None:
+    tracker = BestTracker(flags(tmp_path), writes=True)
+    losses = {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.0, 50: 1.5}
+    assert [saves for saves, _ in decisions(tracker, losses).values()] == [1, 1, 0, 0, 1]
+    assert tracker.kept == {50}
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "iteration": 50,
+        "set": "all",
+        "loss": 1.5,
+        "evaluations_since": 0,
+    }
+    tracker.begin_step()
+    assert tracker.args.save_interval == 100
+
+
+def test_a_run_ends_when_it_gets_no_better_for_long_enough(tmp_path: Path) -> None:
+    tracker = BestTracker(flags(tmp_path, megasft_early_stop=2), writes=True)
+    losses = {10: 3.0, 20: 3.5, 30: 2.9, 40: 3.0, 50: float("nan"), 60: 1.0}
+    made = decisions(tracker, losses)
+    assert list(made) == [10, 20, 30, 40, 50]
+    assert made[50] == (False, True)
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0, 20: 2.1})
+    resumed = BestTracker(flags(tmp_path, megasft_early_stop=2), writes=False)
+    assert decisions(resumed, {30: 2.05, 40: 1.0}) == {30: (False, True)}
+
+
+@pytest.mark.parametrize("again", [5, 10])
+def test_a_run_begun_again_before_its_best_forgets_it(tmp_path: Path, again: int) -> None:
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0})
+    anew = BestTracker(flags(tmp_path), writes=True)
+    assert decisions(anew, {again: 2.5}) == {again: (True, False)}
+
+
+def test_another_set_has_a_best_of_its_own(tmp_path: Path) -> None:
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0})
+    other = BestTracker(flags(tmp_path, megasft_best="math"), writes=True)
+    other.evaluated(20, {"all": 1.0, "math": 7.0})
+    assert other.kept == {20}
+
+
+def test_a_run_that_saves_on_no_interval_still_saves_its_best(tmp_path: Path) -> None:
+    tracker = BestTracker(flags(tmp_path, save_interval=None), writes=True)
+    tracker.evaluated(7, {"all": 1.0})
+    assert tracker.args.save_interval == 7
+    tracker.begin_step()
+    assert tracker.args.save_interval is None
+
+
+def test_all_stores_together_are_averaged_by_what_the_loss_is_the_mean_of() -> None:
+    few = SimpleNamespace(loss=1.0, turns=1, samples=1, labels=30)
+    many = SimpleNamespace(loss=2.0, turns=3, samples=1, labels=10)
+    sets: Any = {"few": few, "many": many, "none": None}
+    by = {name: best.loss_of_each(sets, objective=name) for name in ("turn", "sample", "token")}
+    assert [by[name]["all"] for name in by] == [1.75, 1.5, 1.25]
+    assert by["turn"]["few"] == 1.0
+    assert math.isnan(by["turn"]["none"])
+    assert math.isnan(best.loss_of_each({"none": None}, objective="turn")["all"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "message"),
+    [
+        ({"megasft_early_stop": 0}, ["a"], "the least is 1"),
+        ({"megasft_best": None, "megasft_early_stop": 2}, ["a"], "no effect without --megasft-be"),
+        ({"save": None}, ["a"], "no effect without --save"),
+        ({}, [], "add --megasft-valid-data"),
+        ({"megasft_best": "maths"}, ["math", "chat"], r"maths is no .*; there are math, chat"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    changes: dict[str, Any], names: list[str], message: str
+) -> None:
+    with pytest.raises(FlagError, match=message):
+        best.check(flags(Path("x"), **changes), names)
+    best.check(flags(Path("x"), megasft_best=None), [])
