@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from megasft.launch import prepare
 from megasft.launch.run import MODULE, Run, program
 from megasft.training.arguments import MODEL_FILE
+from megasft.training.saving import COMPLETE
 
 if TYPE_CHECKING:
     from megasft.launch.config import Setting
@@ -66,10 +67,8 @@ def after(run: Run) -> list[str] | None:
 
 def unless_incomplete(run: Run) -> str:
     """Return what stands before an export: a run that was told to end early also ends with 0."""
-    if run.train_iters is None or run.export is None:
-        return ""
-    tracker = shlex.quote(str(run.export.source / prepare.TRACKER))
-    return f'test "$(cat {tracker})" != {run.train_iters} ||\n  '
+    assert run.export is not None
+    return f"test ! -f {shlex.quote(str(run.export.source / COMPLETE))} ||\n  "
 
 
 def shell(run: Run) -> str:

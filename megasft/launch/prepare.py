@@ -24,6 +24,7 @@ import orjson
 
 from megasft.errors import ConversionError, FlagError
 from megasft.training.arguments import MODEL_FILE
+from megasft.training.saving import COMPLETE
 
 if TYPE_CHECKING:
     from megasft.launch.run import Conversion, Run
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 TO_MEGATRON: Final = "checkpoint_convert.hf_to_megatron"
 TO_HF: Final = "checkpoint_convert.megatron_to_hf"
-TRACKER: Final = "latest_checkpointed_iteration.txt"
 DIGITS: Final = 12
 """Of the fingerprint in a name: 48 bits."""
 SECONDS_BETWEEN_LOOKS: Final = 1.0
@@ -113,15 +113,8 @@ def export(run: Run, environ: Mapping[str, str]) -> None:
     """
     if run.export is None:
         return
-    tracker = run.export.source / TRACKER
-    newest = tracker.read_text().strip() if tracker.is_file() else "none"
-    if run.train_iters is not None and newest != str(run.train_iters):
-        logger.info(
-            "not exported: the last checkpoint is of iteration %s, and training ends at %d; the "
-            "same command goes on",
-            newest,
-            run.train_iters,
-        )
+    if not (run.export.source / COMPLETE).is_file():
+        logger.info("not exported: the run was told to end early; the same command goes on")
         return
     _run(export_command(run), environ, what=f"{run.export.source} was not exported")
 

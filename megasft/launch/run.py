@@ -65,7 +65,6 @@ class Run:
     converted: Path | None
     conversion: Conversion | None
     export: Conversion | None
-    train_iters: int | None
 
     @property
     def log_dir(self) -> Path:
@@ -117,7 +116,6 @@ def resolve(config: Path, overrides: Sequence[str]) -> Run:
         converted=model.converted,
         conversion=model.conversion,
         export=_export(by_name, save, model),
-        train_iters=args.train_iters,
     )
 
 

@@ -23,6 +23,7 @@ from megasft.errors import FlagError, MissingPackageError
 from megasft.launch import command, saved
 from megasft.launch.run import Run
 from megasft.training.arguments import MODEL_FILE
+from megasft.training.saving import COMPLETE
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,15 @@ def script(run: Run) -> str:
         convert=convert and command.folded(convert, indent="    "),
         converted_file=shlex.quote(str(there)),
         command=_torchrun(run),
+        complete=_complete(run),
         export=export and command.unless_incomplete(run) + command.folded(export, indent="    "),
     )
+
+
+def _complete(run: Run) -> str | None:
+    """Return what tells that a job need not be started again; None where none is to be."""
+    wants = {key.replace("_", "-"): value for key, value in run.launch.slurm.items()}
+    return shlex.quote(str(run.save / COMPLETE)) if wants.get("requeue") and run.save else None
 
 
 def _template() -> jinja2.Template:

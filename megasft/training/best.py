@@ -119,6 +119,7 @@ class BestTracker:
         self.args, self.writes = args, writes
         self.name = str(args.megasft_best)
         self.path = Path(args.save) / FILE
+        self.has_ended_run = False
         self._interval = args.save_interval
         self._best: Best | None = None
 
@@ -154,7 +155,7 @@ class BestTracker:
                 "the run ends: %d evaluations since step %d (%.6g) were no better",
                 *(best.since, best.iteration, best.loss),
             )
-            self.args.exit_interval = iteration
+            self.args.exit_interval, self.has_ended_run = iteration, True
 
     def _read(self, *, before: int) -> Best:
         """Return what an earlier part of the run found, unless this one goes back behind it."""
@@ -173,8 +174,13 @@ class BestTracker:
             "evaluations_since": best.since,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        with unfinished.open("wb") as file:
-            file.write(orjson.dumps(fields, option=orjson.OPT_INDENT_2))
-            os.fsync(file.fileno())
-        unfinished.replace(self.path)
+        write_whole(self.path, orjson.dumps(fields, option=orjson.OPT_INDENT_2))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees all of it or what was there before."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    unfinished.replace(path)

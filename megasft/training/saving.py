@@ -3,6 +3,9 @@
 A scheduler announces the end of a job by a signal. With ``--save`` Megatron's own handler is on by
 default: the signal of ``--exit-signal`` (SIGTERM) on any rank makes all of them save behind the
 step and exit with 0. Slurm's usual warning, SIGUSR1, does the same.
+
+So an exit code of 0 does not say that a run is complete; a file ``complete.json`` beside the
+checkpoints does, which is gone while a run goes on.
 """
 
 import logging
@@ -14,15 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 
+import orjson
+
 from megasft import cpu
 from megasft.compat import has
 from megasft.errors import FlagError, SaveError
-from megasft.training.best import BestTracker
+from megasft.training.best import BestTracker, write_whole
 from megasft.training.retention import Retention, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
 GIB: Final = 2**30
+COMPLETE: Final = "complete.json"
 
 
 def apply(args: Any) -> None:
@@ -120,6 +126,7 @@ class Keeper:
     """
 
     def __init__(self, args: Any, *, rank: int) -> None:
+        self.folder = Path(args.save) if args.save and rank == 0 else None
         self.best = None if args.megasft_best is None else BestTracker(args, writes=rank == 0)
         self.retention = None
         if rank == 0 and args.megasft_keep_last is not None:
@@ -137,13 +144,24 @@ class Keeper:
             self.best.evaluated(iteration, losses)
 
     def __enter__(self) -> Self:
+        if self.folder is not None:
+            (self.folder / COMPLETE).unlink(missing_ok=True)
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        """Delete what the last checkpoint has made superfluous, and wait for it."""
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Mark a complete run, delete what its last checkpoint has made superfluous."""
+        is_over = self.best is not None and self.best.has_ended_run
+        if self.folder is not None and (error is None or is_over):
+            self._mark_complete(self.folder)
         self._delete()
         if self.retention is not None:
             self.retention.wait()
+
+    @staticmethod
+    def _mark_complete(folder: Path) -> None:
+        whole = whole_checkpoints(folder)
+        if whole:
+            write_whole(folder / COMPLETE, orjson.dumps({"iteration": whole[-1]}))
 
     def _delete(self) -> None:
         if self.retention is not None:

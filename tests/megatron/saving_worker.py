@@ -20,6 +20,7 @@ from megasft.loss.loss_func import LossOutput
 from megasft.pretrain_sft import configure_logging, run
 from megasft.proof.worker import forget
 from megasft.schema import SFTBatch
+from megasft.training.saving import COMPLETE
 
 SIGNALS = {"usr1": signal.SIGUSR1, "term": signal.SIGTERM}
 SMALL_FILE = 600_000
@@ -51,6 +52,12 @@ class Event:
             resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, hard))
 
 
+def is_complete(flags: list[str]) -> bool:
+    if "--save" not in flags:
+        return False
+    return (Path(flags[flags.index("--save") + 1]) / COMPLETE).exists()
+
+
 def main() -> None:
     configure_logging(rank=int(os.environ["RANK"]))
     listing = Path(sys.argv[1])
@@ -65,6 +72,8 @@ def main() -> None:
             outcome["error"] = f"{type(error).__name__}: {error}"
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         rank = torch.distributed.get_rank()
+        if rank == 0:
+            outcome["is_complete"] = is_complete(entry["flags"])
         listing.with_name(f"{i}-{rank}.json").write_text(json.dumps(outcome))
         forget()
     torch.distributed.destroy_process_group()

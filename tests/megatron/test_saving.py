@@ -29,6 +29,7 @@ class Outcomes(NamedTuple):
 
     folder: Path
     of: dict[str, list[dict[str, Any]]]
+    complete: dict[str, bool]
     output: str
 
 
@@ -72,9 +73,8 @@ def outcomes(world: World) -> Outcomes:
     listing.write_text(json.dumps(entries))
     output = torchrun(2, "-m", "tests.megatron.saving_worker", str(listing))
     read = lambda i, rank: json.loads((folder / f"{i}-{rank}.json").read_text())  # noqa: E731
-    return Outcomes(
-        folder, {name: [read(i, rank) for rank in (0, 1)] for i, name in enumerate(runs)}, output
-    )
+    of = {name: [read(i, rank) for rank in (0, 1)] for i, name in enumerate(runs)}
+    return Outcomes(folder, of, {name: of[name][0].pop("is_complete") for name in of}, output)
 
 
 def without_length(flags: list[str]) -> list[str]:
@@ -110,6 +110,8 @@ def test_a_signal_on_one_rank_saves_on_all_and_exits_with_0(
 ) -> None:
     """Mirrors ``checkpoint_and_decide_exit`` (megatron-core 0.19.2) with SIGUSR1 on rank 1."""
     assert outcomes.of["told"] == [{"exit": 0, "error": None}] * 2
+    assert outcomes.complete["told"] is False
+    assert outcomes.complete["told-resumed"] is True
     assert iterations(outcomes.folder / "told") == [3, STEPS]
     straight = losses(world, "straight")
     assert sorted(straight) == list(range(1, STEPS + 1))
@@ -124,6 +126,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_says_so(
 ) -> None:
     """The disk is full from step 3 on; step 2 was saved, and step 4 cannot be."""
     (error, _) = outcomes.of["full"]
+    assert not outcomes.complete["full"]
     assert str(error["error"]).startswith("SaveError: saving step 4 to ")
     assert "step 2 is whole, and the same command with --load" in error["error"]
     assert "GiB are free there" in error["error"]
@@ -141,6 +144,7 @@ def test_the_best_is_saved_and_kept_and_the_run_ends_when_it_gets_no_better(
     assert best["evaluations_since"] == 2
     assert last < MANY, "the run must have ended early for this test to say anything"
     assert outcomes.of["best"] == [{"exit": 0, "error": None}] * 2
+    assert outcomes.complete["best"], "a run that gets no better is complete"
     assert iterations(folder) == [best["iteration"], last]
     assert "evaluations since step" in outcomes.output
 

@@ -11,8 +11,9 @@ import pytest
 
 from megasft.errors import ConversionError
 from megasft.launch import prepare
-from megasft.launch.prepare import MODEL_FILE, TRACKER, cache_name, fingerprint
+from megasft.launch.prepare import MODEL_FILE, cache_name, fingerprint
 from megasft.launch.run import Conversion, Run
+from megasft.training.saving import COMPLETE
 
 
 @pytest.fixture
@@ -113,18 +114,17 @@ def test_a_conversion_that_fails_ends_the_run(
         prepare.convert(conversion, {})
 
 
-@pytest.mark.parametrize(("newest", "is_exported"), [("2", False), ("4", True), (None, False)])
+@pytest.mark.parametrize("is_complete", [False, True])
 def test_a_model_is_exported_when_training_is_complete(
     resolved: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
-    newest: str | None,
-    is_exported: bool,
+    is_complete: bool,
 ) -> None:
     run = resolved("checkpoint.export_hf=out", "optim.train_iters=4")
     assert run.save is not None and run.export is not None
     run.save.mkdir(parents=True)
-    if newest:
-        (run.save / TRACKER).write_text(newest)
+    if is_complete:
+        (run.save / COMPLETE).write_text("{}")
     commands: list[list[str]] = []
     monkeypatch.setattr(prepare, "_run", lambda words, *a, **k: commands.append(words))
 
@@ -133,4 +133,4 @@ def test_a_model_is_exported_when_training_is_complete(
 
     assert run.export.is_verified
     words = ["--checkpoint", "ckpt/run", "--like", "converted", "--output", "out"]
-    assert [c[3:] for c in commands] == ([words] if is_exported else [])
+    assert [c[3:] for c in commands] == ([words] if is_complete else [])

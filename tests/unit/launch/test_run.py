@@ -12,10 +12,10 @@ import pytest
 
 from megasft.errors import ConversionError, FlagError
 from megasft.launch.command import folded, resolved_yaml, shell
-from megasft.launch.prepare import TRACKER
 from megasft.launch.run import Run, resolve
 from megasft.training import arguments
 from megasft.training.arguments import MODEL_FILE
+from megasft.training.saving import COMPLETE
 from tests.unit.launch.conftest import RUN_YAML
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,13 +141,14 @@ def test_a_resolved_run_is_a_run_of_its_own(resolved: Callable[..., Run], folder
     assert (again.argv, again.launch) == (run.argv, run.launch)
 
 
-@pytest.mark.parametrize(("newest", "is_exported"), [("2", False), ("4", True)])
+@pytest.mark.parametrize("is_complete", [False, True])
 def test_the_printed_script_exports_a_complete_run_only(
-    resolved: Callable[..., Run], folder: Path, newest: str, is_exported: bool
+    resolved: Callable[..., Run], folder: Path, is_complete: bool
 ) -> None:
     run = resolved("checkpoint.export_hf=new")
     (folder / "ckpt" / "run").mkdir(parents=True)
-    (folder / "ckpt" / "run" / TRACKER).write_text(f"{newest}\n")
+    if is_complete:
+        (folder / "ckpt" / "run" / COMPLETE).write_text("{}")
     for name, text in (("torchrun", "exit 0"), ("megasft", "touch exported")):
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
@@ -156,7 +157,7 @@ def test_the_printed_script_exports_a_complete_run_only(
 
     subprocess.run(["bash", "-c", text], check=True, cwd=folder)
 
-    assert (folder / "exported").exists() == is_exported
+    assert (folder / "exported").exists() == is_complete
 
 
 def test_each_node_has_a_folder_for_its_logs(resolved: Callable[..., Run]) -> None:

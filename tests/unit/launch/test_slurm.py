@@ -12,6 +12,7 @@ from megasft.errors import FlagError
 from megasft.launch.run import Run, resolve
 from megasft.launch.slurm import script, submit
 from megasft.training.arguments import MODEL_FILE
+from megasft.training.saving import COMPLETE
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "tools" / "slurm").glob("*.yaml"))
@@ -49,6 +50,29 @@ def test_the_script_runs_the_command_on_each_node(
     assert words[words.index("--rdzv-id") + 1] == "123456"
     assert words[words.index("--nnodes") + 1] == "2"
     assert tuple(words[words.index("megasft.pretrain_sft") + 1 :]) == run.argv
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_a_job_told_to_end_is_queued_again_until_its_run_is_complete(
+    resolved: Callable[..., Run], folder: Path, is_complete: bool
+) -> None:
+    run = resolved(*ON_SLURM, "launch.slurm.requeue=true")
+    assert "requeue" not in script(resolved(*ON_SLURM))
+    (folder / "bin").mkdir()
+    for name, text in {"scontrol": 'echo "$@" >> called; echo node7', "srun": ":"}.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    assert run.save is not None
+    run.save.mkdir(parents=True)
+    if is_complete:
+        (run.save / COMPLETE).touch()
+    (folder / "job.sh").write_text(script(run))
+
+    environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x"}
+    subprocess.run(["bash", "job.sh"], check=True, cwd=folder, env=environment)
+
+    called = (folder / "called").read_text().splitlines()
+    assert ("requeue 123456" in called) is not is_complete
 
 
 def test_options_of_sbatch_are_those_of_the_file(resolved: Callable[..., Run]) -> None:
