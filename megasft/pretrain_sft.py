@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megasft import cpu
-from megasft.errors import MegasftError
+from megasft.errors import MegasftError, SaveError
 
 if TYPE_CHECKING:
     from megasft.training.probe import Probe
@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegasftError as error:
         if rank == 0:
             logger.error("error: %s", error)
+        elif isinstance(error, SaveError):  # a disk may be full on this rank's machine alone
+            sys.stderr.write(f"[megasft] error: rank {rank}: {error}\n")
         return 1
     return 0
 

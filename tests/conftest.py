@@ -18,7 +18,7 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the ranks that ``prove`` and ``verify`` start, which saves their imports.
 
     Asked for by tests of what the ranks compute. Others leave both to torchrun, as users have it:
-    ``tests/unit/cli/test_prove.py`` and the program of ``test_verify_logits.py``.
+    one test of ``tests/unit/cli/test_prove.py``, and the program of ``test_verify_logits.py``.
     """
     from checkpoint_convert.verify import workers
     from megasft.proof import prove
