@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import orjson
 
+from megasft import cpu
 from megasft.errors import FlagError
 from megasft.proof.defects import DEFECTS
 from megasft.proof.families import FAMILIES
@@ -105,7 +106,7 @@ def _plan(settings: Settings) -> list[tuple[str, Layout]]:
     if settings.device == "cuda":
         import torch
 
-        if not torch.cuda.is_available():
+        if cpu.is_needed():
             raise FlagError("--device cuda, and there is no CUDA device here; use --device cpu")
         max_ranks = min(max_ranks, torch.cuda.device_count())
     planned = [

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from megasft import cpu
 from megasft.cli.main import app
 from megasft.errors import FlagError
 
@@ -49,9 +50,7 @@ def test_a_defect_that_cannot_show_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
+    if not cpu.is_needed():
         pytest.skip("there is a CUDA device")
     with pytest.raises(FlagError, match="no CUDA device here"):
         run(tmp_path, "--device", "cuda")

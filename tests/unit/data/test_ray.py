@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,12 @@ def flat(made: Iterator[tuple[Chunk, Outcomes]]) -> list[Any]:
 
 def ray_workers_of_this_test() -> list[int]:
     psutil = pytest.importorskip("psutil")
-    running = psutil.Process().children(recursive=True)
-    return [p.pid for p in running if "ray::RayWorker" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may end while it is looked at
+            if "ray::RayWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 @pytest.mark.slow
