@@ -38,20 +38,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# One line a command: a function of its name, or a Typer app where it has sub-commands.
+# One line a command, in the order of the road: a function of its name, or a Typer app where it has
+# sub-commands.
 app.command("mix")(mix.mix)
 app.command("build")(build.build)
 app.command("lint")(lint.lint)
 app.command("inspect")(inspect.inspect)
-app.command("doctor", context_settings=doctor.PASS_ON)(doctor.doctor)
 app.command("plan")(plan.plan)
-app.command("trace")(trace.trace)
-app.command("prove")(prove.prove)
-app.command("plot")(plot.plot)
-app.command("spikes")(spikes.spikes)
+app.add_typer(convert.convert_app, name="convert")
+app.command("doctor", context_settings=doctor.PASS_ON)(doctor.doctor)
 app.command("train")(train.train)
 app.command("resume-check", context_settings=resume_check.CONTEXT)(resume_check.resume_check)
-app.add_typer(convert.convert_app, name="convert")
+app.command("plot")(plot.plot)
+app.command("spikes")(spikes.spikes)
+app.command("trace")(trace.trace)
+app.command("prove")(prove.prove)
 
 
 @app.callback()
@@ -74,9 +75,19 @@ def megasft() -> None:
 
     `torchrun -m megasft.pretrain_sft --megasft-data store ...`
 
+    or as one file: `megasft train run.yaml` (what is wrong with it? `megasft doctor`)
+
+    **4.** look at the run: `megasft plot ckpt/run`, and at the step where the loss jumped:
+
+    `megasft spikes ckpt/run --step 812`
+
     **what did step 812 train?**
 
     `megasft trace store --step 812 --seq-length 4096 --global-batch-size 64`
+
+    **does a checkpoint go on where it was, on another layout?**
+
+    `megasft resume-check ckpt/run --context-parallel-size 4`
 
     **proof:** the same loss and gradients on every layout, on this machine:
 
