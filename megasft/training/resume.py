@@ -117,11 +117,20 @@ def find(args: Any) -> Path | None:
     """Return the folder of the checkpoint that ``--load`` and ``--ckpt-step`` mean, if any.
 
     A tracker that says "release" is not such a checkpoint unless a step is given.
+
+    Raises:
+        FlagError: The tracker is empty.
     """
     tracker = Path(args.load) / TRACKER if args.load else None
     if tracker is None or not tracker.is_file():
         return None
     step = args.ckpt_step or tracker.read_text().strip()
+    if not step:
+        there = ", ".join(sorted(p.name for p in tracker.parent.glob("iter_*"))) or "none"
+        raise FlagError(
+            f"{tracker} is empty: a process ended while it was written; put the number of the last "
+            f"whole checkpoint into it (there: {there}; the newest may be cut short)"
+        )
     return tracker.parent / (RELEASE if step == RELEASE else f"iter_{int(step):07d}")
 
 

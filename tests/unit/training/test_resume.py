@@ -92,3 +92,11 @@ def test_the_checkpoint_is_that_of_the_tracker_or_of_the_step_given(tmp_path: Pa
     assert found(ckpt_step=3) == tmp_path / "iter_0000003"
     (tmp_path / resume.TRACKER).write_text("release")
     assert found() == tmp_path / "release"
+
+
+def test_an_empty_tracker_is_named_with_the_checkpoints_there(tmp_path: Path) -> None:
+    """Megatron opens it for writing and then writes; a kill in between leaves nothing in it."""
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / resume.TRACKER).touch()
+    with pytest.raises(FlagError, match=r"is empty: .*there: iter_0000003"):
+        resume.find(flags(load=str(tmp_path), ckpt_step=None))
