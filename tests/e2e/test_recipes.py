@@ -49,8 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_twin_goes_the_whole_road_and_comes_back_as_a_hugging_face_model(folder: Path) -> None:
     """What a twin cannot show: speed, memory, bf16, Transformer Engine, grouped GEMM, Slurm."""
-    config = json.loads((folder / WHOLE_ROAD / "trained-hf" / "config.json").read_text())
-    assert (config["model_type"], config["num_experts"]) == ("qwen3_moe", 8)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / WHOLE_ROAD / "trained-hf")
+    assert type(model).__name__ == "Qwen3MoeForCausalLM"
+    assert model.config.num_experts == 8
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b", "llama31_70b", "long_context_128k"])
