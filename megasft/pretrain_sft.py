@@ -41,7 +41,6 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
 
     from megasft.training import (
         arguments,
-        best,
         datasets,
         hooks,
         resume,
@@ -64,7 +63,6 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     window = row_order.cost_window(args)
     run_length.apply(args, data.train.plan)
     saving.apply(args)
-    best.check(args, data.valid)
     resume.check(args, row_order.identity(data.train.plan, window))
     validate_args(args)
     datasets.set_eval_iters(args, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from megasft.cli.findings_output import STYLES, as_json, new_console, style_of_verdict, write_json
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -17,9 +20,6 @@ if TYPE_CHECKING:
     from megasft.training.preflight.finding import Finding, Report
     from megasft.training.preflight.subject import Wishes
 
-_STYLES: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-_WIDE: Final = 10_000
-"""Columns where there is no terminal: a finding stays on its line, for grep."""
 
 PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer settings of this command: what is not its own is a flag of the run."""
@@ -63,15 +63,11 @@ def doctor(
 
     Exit code **0**: no errors; **1**: errors; **2**: wrong use.
     """
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = new_console()
     if list_rules:
         _print_rules(console)
         return
-    from megasft.training.preflight.finding import Severity
+    from megasft.severity import Severity
     from megasft.training.preflight.subject import Wishes
 
     report = _examine(context.args, world_size, Wishes(gpu_memory_gb, tokens_per_second))
@@ -135,7 +131,7 @@ def _print_rules(console: Console) -> None:
         from megasft.training.preflight.rules import RULES
 
     for name, rule in RULES.items():
-        style = _STYLES[rule.severity]
+        style = STYLES[rule.severity]
         line = Text.assemble(
             (f"{rule.severity:<9}", style), (f"{name:<25}", "bold"), f"{rule.theme}: {rule.meaning}"
         )
@@ -154,7 +150,7 @@ def _print_report(console: Console, report: Report) -> None:
         text = f"not checked, since {why}: {', '.join(rules)}"
         _print_hanging(console, Text("", style="dim"), text, indent=4)
     worst = report.findings[0].severity if report.findings else None
-    style = _STYLES[worst] if worst in ("error", "warning") else "bold green"
+    style = style_of_verdict(worst)
     console.print(_header(report) + report.verdict(), style=style, markup=False)
 
 
@@ -179,7 +175,7 @@ def _print_theme(console: Console, theme: str, findings: Sequence[Finding]) -> N
     console.print(Text(theme, style="bold"))
     for finding in findings:
         head = Text.assemble(
-            (f" {finding.severity:<8}", _STYLES[finding.severity]), (finding.rule, "bold"), ": "
+            (f" {finding.severity:<8}", STYLES[finding.severity]), (finding.rule, "bold"), ": "
         )
         _print_hanging(console, head, finding.fact)
         if finding.remedy:
@@ -222,17 +218,7 @@ def _print_memory(console: Console, report: Report) -> None:
 
 
 def _write_json(report: Report, path: Path) -> None:
-    import sys
-
-    import orjson
-
-    data = orjson.dumps(report.as_json(), option=orjson.OPT_INDENT_2, default=str) + b"\n"
     if str(path) == "-":
-        sys.stdout.write(data.decode())
-        return
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"--json {path} cannot be written ({error.strerror}); name a file in an existing folder"
-        ) from None
+        sys.stdout.write(as_json(report.as_json(), default=str).decode())
+    else:
+        write_json(report.as_json(), path, default=str)

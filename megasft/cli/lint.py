@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megasft.cli.findings_output import STYLES, new_console, style_of_verdict, write_json
 from megasft.cli.record_options import (
     Format,
     FormatOption,
@@ -23,11 +24,8 @@ from megasft.cli.record_options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megasft.data.lint.finding import Finding, Report, Unchecked
-
-_STYLES: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-_WIDE: Final = 10_000
-"""Columns where there is no terminal: a finding stays on its line, for grep."""
+    from megasft.data.lint.finding import Finding, Report
+    from megasft.severity import Unchecked
 
 
 def lint(
@@ -76,15 +74,11 @@ def lint(
     Exit code **0**: clean, or notes alone; **1**: errors (with `--strict`, warnings); **2**: wrong
     use.
     """
-    from rich.console import Console
-
     from megasft.data.formats import FieldMap
     from megasft.data.lint.rules import RULES
     from megasft.data.lint.run import LintOptions
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = new_console()
     if list_rules:
         _print_rules(console)
         return
@@ -105,7 +99,7 @@ def lint(
     report = _lint(paths or [], options)
     _print_report(console, report)
     if json is not None:
-        _write_json(report, json)
+        write_json(report.as_json(), json)
     if report.fails(strict=strict):
         raise typer.Exit(1)
 
@@ -134,7 +128,7 @@ def _print_rules(console: Console) -> None:
     from megasft.data.lint.rules import RULES
 
     for name, rule in RULES.items():
-        style = _STYLES[rule.severity]
+        style = STYLES[rule.severity]
         line = Text.assemble((f"{rule.severity:<9}", style), (f"{name:<25}", "bold"), rule.meaning)
         console.print(line, soft_wrap=True)
 
@@ -151,7 +145,7 @@ def _print_report(console: Console, report: Report) -> None:
     if 0 < sampled < total:
         console.print(f"text: {sampled:,} of {total:,} samples were read (--sample 0 reads all)")
     worst = report.findings[0].severity if report.findings else None
-    style = _STYLES[worst] if worst in ("error", "warning") else "bold green"
+    style = style_of_verdict(worst)
     console.print(report.verdict(), style=style, markup=False, soft_wrap=True)
 
 
@@ -165,7 +159,7 @@ def _print_table(console: Console, findings: tuple[Finding, ...]) -> None:
         table.add_column(title, justify="right" if right else "left", no_wrap=True)
     for finding in findings:
         table.add_row(
-            Text(finding.severity, style=_STYLES[finding.severity]),
+            Text(finding.severity, style=STYLES[finding.severity]),
             finding.rule,
             finding.amount,
             _share(finding.share),
@@ -177,7 +171,7 @@ def _print_table(console: Console, findings: tuple[Finding, ...]) -> None:
 def _print_finding(console: Console, finding: Finding) -> None:
     from rich.text import Text
 
-    style = _STYLES[finding.severity]
+    style = STYLES[finding.severity]
     looked_at = " looked at" if finding.sampled else ""
     head = (
         f"{finding.count:,} of {finding.population:,} {finding.unit}{looked_at} "
@@ -198,14 +192,3 @@ def _print_unchecked(console: Console, item: Unchecked) -> None:
 
 def _share(share: float) -> str:
     return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
-
-
-def _write_json(report: Report, path: Path) -> None:
-    import orjson
-
-    try:
-        path.write_bytes(orjson.dumps(report.as_json(), option=orjson.OPT_INDENT_2) + b"\n")
-    except OSError as error:
-        raise typer.BadParameter(
-            f"--json {path} cannot be written ({error.strerror}); name a file in an existing folder"
-        ) from None

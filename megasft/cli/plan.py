@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from megasft.cli.findings_output import STYLES, new_console, write_json
 from megasft.cli.planned import (
     DEFAULT_ALIGN_TOKENS,
     MixtureFile,
@@ -34,11 +35,8 @@ if TYPE_CHECKING:
     from megasft.packing.forecast_cautions import Caution
     from megasft.store import TokenStore
 
-_STYLES: Final = {"error": "bold red", "warning": "yellow"}
 _NAME_COLUMNS: Final = 18
 _IF_UNKNOWN: Final = ", since no --model-config says which model it is"
-_WIDE: Final = 10_000
-"""Columns where there is no terminal: a fact stays on its line, for grep."""
 
 
 def plan(
@@ -99,8 +97,6 @@ def plan(
 
     Exit code **0**: the run can start; **1**: it cannot, an error says why; **2**: wrong use.
     """
-    from rich.console import Console
-
     from megasft.packing.balance import BatchShape
     from megasft.packing.forecast import Run, figures_of, forecast
     from megasft.packing.forecast_cautions import cautions
@@ -130,9 +126,7 @@ def plan(
     found = cautions(seen)
     plans = plans_by_packer(store, flags, planned) if compare else ()
     figures = {name: figures_of(of_packer, run, cost) for name, of_packer in plans}
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = new_console()
     _print_epoch(console, store, planned, seen)
     _print_steps(console, seen)
     _print_balance(console, seen, model)
@@ -143,7 +137,8 @@ def plan(
     if json is not None:
         packers = {name: one.as_json() for name, one in figures.items()}
         told = [caution._asdict() for caution in found]
-        _write_json(seen.as_json() | {"model": model, "packers": packers, "cautions": told}, json)
+        numbers = seen.as_json() | {"model": model, "packers": packers, "cautions": told}
+        write_json(numbers, json, error_type=FlagError)
     if any(caution.severity == "error" for caution in found):
         raise typer.Exit(1)
 
@@ -302,7 +297,7 @@ def _print_cautions(console: Console, found: Sequence[Caution]) -> None:
     if not found:
         console.print("nothing that will bite", style="bold green")
     for caution in found:
-        style = _STYLES[caution.severity]
+        style = STYLES[caution.severity]
         head = (f"{caution.severity} {caution.name}", style)
         console.print(Text.assemble(head, ": ", caution.fact))
         console.print(
@@ -315,14 +310,3 @@ def _plot(console: Console, seen: Forecast, path: Path) -> None:
 
     plot_forecast(seen, path)
     console.print(f"\nhistograms: {path}", markup=False, soft_wrap=True)
-
-
-def _write_json(numbers: Mapping[str, Any], path: Path) -> None:
-    import orjson
-
-    try:
-        path.write_bytes(orjson.dumps(numbers, option=orjson.OPT_INDENT_2) + b"\n")
-    except OSError as error:
-        raise FlagError(
-            f"--json {path} cannot be written ({error.strerror}); name a file in an existing folder"
-        ) from None

@@ -7,7 +7,6 @@ alone. That of an earlier start stays as ``run.1.yaml``, ``run.2.yaml`` and on, 
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
+from megasft.files import write_whole
 from megasft.launch.command import as_comment, resolved_yaml, shell
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def save(run: Run) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     started = shlex.join(["megasft", "train", str(run.config), *run.overrides])
     header = as_comment(f"{started}\nin {Path.cwd()}, with {versions}")
-    write(path, header + text)
-    write(run.save / COMMAND, f"#!/usr/bin/env bash\n{header}{shell(run)}")
+    write_whole(path, (header + text).encode())
+    write_whole(run.save / COMMAND, f"#!/usr/bin/env bash\n{header}{shell(run)}".encode())
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -71,10 +71,3 @@ def _free_name(folder: Path) -> Path:
     while (path := folder / f"run.{number}.yaml").exists():
         number += 1
     return path
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -20,6 +20,7 @@ from typing import Any, Final
 import jinja2
 
 from megasft.errors import FlagError, MissingPackageError
+from megasft.files import write_whole
 from megasft.launch import command, saved
 from megasft.launch.run import Run
 from megasft.training.arguments import MODEL_FILE
@@ -54,7 +55,7 @@ def submit(run: Run, environ: Mapping[str, str]) -> int:
     saved.save(run)
     run.log_dir.mkdir(parents=True, exist_ok=True)  # a job without a place for its output dies mute
     path = run.save / SCRIPT
-    saved.write(path, text)
+    write_whole(path, text.encode())
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         logger.warning(

@@ -13,7 +13,8 @@ from typing import Any, Final
 import orjson
 
 from megasft.errors import FlagError
-from megasft.report.curves import FILE as FILE
+from megasft.files import write_whole
+from megasft.report.curves import FILE
 from megasft.report.record import StepRecord, ValidationRecord, as_json
 from megasft.report.sink import Setup
 
@@ -81,9 +82,7 @@ def cut_back(path: Path, *, first_step: int) -> None:
     if kept == old:
         return
     path.with_name(f"{path.name}.before").write_bytes(old)
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(kept)
-    new.replace(path)
+    write_whole(path, kept)
 
 
 def _bytes(line: dict[str, Any]) -> bytes:

@@ -20,7 +20,7 @@ from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
 from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
 from megasft.store import TokenStore
-from megasft.training import best, freeze, retention, rope, run_length
+from megasft.training import best, freeze, retention, rope, run_length, saving, validation
 from megasft.training.report_arguments import add_report_arguments, check_report
 
 logger = logging.getLogger(__name__)
@@ -284,6 +284,8 @@ def check(args: Any) -> None:
     check_report(args)
     freeze.check(args)
     retention.check(args.megasft_keep_last, args.save, retain_interval=args.save_retain_interval)
+    best.check(args, validation.named_stores(args.megasft_valid_data))
+    saving.check(args)
     _check_attention(args)
     _warn_of_what_depends_on_the_layout(args)
 

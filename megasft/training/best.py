@@ -13,7 +13,6 @@ losses and decide alike. Rejected: to save from here, beside Megatron's own savi
 import argparse
 import logging
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from megasft.errors import FlagError
+from megasft.files import write_whole
 from megasft.report.record import Losses
 
 logger = logging.getLogger(__name__)
@@ -175,12 +175,3 @@ class BestTracker:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, orjson.dumps(fields, option=orjson.OPT_INDENT_2))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader sees all of it or what was there before."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
-    unfinished.replace(path)

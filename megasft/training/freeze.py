@@ -67,10 +67,10 @@ def hook_of(args: Any) -> Callable[[list[Any]], list[Any]] | None:
         return None
 
     def apply(chunks: list[Any]) -> list[Any]:
-        frozen, stems = _freeze(chunks, freeze or only, matching=bool(freeze))
-        _require_effect(frozen)
+        ranks = _of_all_ranks(_freeze(chunks, freeze or only, matching=bool(freeze)))
+        _require_effect(ranks)
         if args.save and not args.no_save_optim:
-            _require_whole_stacks(stems)
+            _require_whole_stacks(ranks)
         return chunks
 
     return apply
@@ -81,41 +81,34 @@ class _Frozen(NamedTuple):
 
     Attributes:
         found: Parameters that hold each pattern.
-        trained: Parameters left to train.
+        frozen: Names of frozen parameters, without the numbers of their layers.
+        trained: The same of those left to train.
     """
 
     found: dict[str, int]
-    trained: int
-
-
-class _Stems(NamedTuple):
-    """Names of frozen and of trained parameters, without the numbers of their layers."""
-
     frozen: set[str]
     trained: set[str]
 
 
-def _freeze(
-    chunks: Sequence[Any], patterns: Sequence[str], *, matching: bool
-) -> tuple[_Frozen, _Stems]:
+def _freeze(chunks: Sequence[Any], patterns: Sequence[str], *, matching: bool) -> _Frozen:
     """Freeze parameters that match one of the patterns, or those that do not."""
-    found = dict.fromkeys(patterns, 0)
-    stems = _Stems(set(), set())
-    trained = frozen = 0
+    done = _Frozen(dict.fromkeys(patterns, 0), set(), set())
+    num_trained = num_tensors = 0
     for name, parameter in _named_parameters(chunks):
         hits = [pattern for pattern in patterns if re.search(pattern, name)]
         for pattern in hits:
-            found[pattern] += 1
+            done.found[pattern] += 1
         is_frozen = bool(hits) == matching
         parameter.requires_grad_(not is_frozen)
-        (stems.frozen if is_frozen else stems.trained).add(re.sub(r"layers\.\d+", "layers", name))
-        frozen, trained = frozen + is_frozen, trained + (not is_frozen)
-    logger.info("rank 0 trains %d of its %d parameter tensors", trained, trained + frozen)
+        stem = re.sub(r"layers\.\d+", "layers", name)
+        (done.frozen if is_frozen else done.trained).add(stem)
+        num_tensors, num_trained = num_tensors + 1, num_trained + (not is_frozen)
+    logger.info("rank 0 trains %d of its %d parameter tensors", num_trained, num_tensors)
     for chunk in chunks:
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and not any(p.requires_grad for p in embedding.parameters()):
             embedding.register_forward_hook(_need_gradient)
-    return _Frozen(found, trained), stems
+    return done
 
 
 def _named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -145,42 +138,41 @@ def whole_model_name(name: str, numbers: Sequence[int]) -> str:
     )
 
 
-def _of_all_ranks[T](mine: T) -> list[T]:
+def _of_all_ranks(mine: _Frozen) -> list[_Frozen]:
     """Gather a small object: a pipeline stage has only its own layers."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
 
 
-def _require_effect(frozen: _Frozen) -> None:
+def _require_effect(ranks: Sequence[_Frozen]) -> None:
     """Check patterns over all ranks.
 
     Raises:
         FlagError: A pattern matches nothing on any rank, or nothing is left to train on one.
     """
-    ranks = _of_all_ranks(frozen)
-    without = [p for p in frozen.found if not any(rank.found[p] for rank in ranks)]
+    without = [p for p in ranks[0].found if not any(rank.found[p] for rank in ranks)]
     if without:
         raise FlagError(
             f"no parameter's name holds {', '.join(map(repr, without))}; names are like "
             "'embedding.word_embeddings.weight', 'decoder.layers.0.mlp.linear_fc1.weight', "
             "'decoder.layers.0.self_attention.linear_qkv.weight', 'output_layer.weight'"
         )
-    if not min(rank.trained for rank in ranks):
+    if not all(rank.trained for rank in ranks):
         raise FlagError(
             "a rank would train nothing (a pipeline stage whose parameters are all frozen), and "
             "Megatron's optimizer needs one tensor; freeze less, or use fewer pipeline stages"
         )
 
 
-def _require_whole_stacks(stems: _Stems) -> None:
+def _require_whole_stacks(ranks: Sequence[_Frozen]) -> None:
     """Check that moments can be saved.
 
     Raises:
         FlagError: A tensor is frozen in some layers only.
     """
-    ranks = _of_all_ranks(stems)
-    frozen, trained = (set().union(*names) for names in zip(*ranks, strict=True))
+    frozen = set().union(*(rank.frozen for rank in ranks))
+    trained = set().union(*(rank.trained for rank in ranks))
     partly = sorted(frozen & trained)
     if partly:
         raise FlagError(

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from megasft.compat import has
 from megasft.errors import FlagError
+from megasft.training.retention import TRACKER, iteration_name
 
 logger = logging.getLogger(__name__)
 
-TRACKER: Final = "latest_checkpointed_iteration.txt"
 RELEASE: Final = "release"
 """What the tracker says of weights without a run: a converted model."""
 
@@ -131,7 +131,7 @@ def find(args: Any) -> Path | None:
             f"{tracker} is empty: a process ended while it was written; put the number of the last "
             f"whole checkpoint into it (there: {there}; the newest may be cut short)"
         )
-    return tracker.parent / (RELEASE if step == RELEASE else f"iter_{int(step):07d}")
+    return tracker.parent / (RELEASE if step == RELEASE else iteration_name(int(step)))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

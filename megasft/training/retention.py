@@ -110,7 +110,12 @@ class Retention:
 
 def checkpoint_folder(folder: Path, iteration: int) -> Path:
     """Return where Megatron saves a step."""
-    return folder / f"iter_{iteration:07d}"
+    return folder / iteration_name(iteration)
+
+
+def iteration_name(iteration: int) -> str:
+    """Return the name of the folder Megatron saves a step in."""
+    return f"iter_{iteration:07d}"
 
 
 def whole_checkpoints(folder: Path) -> list[int]:

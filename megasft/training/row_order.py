@@ -29,11 +29,10 @@ def cost_window(args: Any) -> CostWindow | None:
     """
     if not args.megasft_cost_window:
         return None
-    moving = _what_moves_edges(args)
-    if moving is not None:
+    if args.step_batch_size_schedule:
         raise FlagError(
-            f"--megasft-cost-window sorts whole global batches, and {moving} moves their edges "
-            "during the run; drop one of the two"
+            "--megasft-cost-window sorts whole global batches, and --step-batch-size-schedule "
+            "moves their edges during the run; drop one of the two"
         )
     if args.global_batch_size is None:
         raise FlagError("--megasft-cost-window needs --global-batch-size N; add it")
@@ -64,13 +63,9 @@ def why_not_dealt(args: Any) -> str | None:
     """Return why rows are trained where they come; None when they are dealt."""
     if args.megasft_no_balance:
         return "--megasft-no-balance is given"
-    moving = _what_moves_edges(args)
-    return None if moving is None else f"{moving} moves the edges of global batches"
-
-
-def _what_moves_edges(args: Any) -> str | None:
-    """Return the flag by which the size of global batches changes during the run, if any."""
-    return "--step-batch-size-schedule" if args.step_batch_size_schedule else None
+    if args.step_batch_size_schedule:
+        return "--step-batch-size-schedule moves the edges of global batches"
+    return None
 
 
 def cost_of(args: Any) -> Cost:

@@ -22,7 +22,8 @@ import orjson
 from megasft import cpu
 from megasft.compat import has
 from megasft.errors import FlagError, SaveError
-from megasft.training.best import BestTracker, write_whole
+from megasft.files import write_whole
+from megasft.training.best import BestTracker
 from megasft.training.retention import Retention, whole_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -31,22 +32,26 @@ GIB: Final = 2**30
 COMPLETE: Final = "complete.json"
 
 
-def apply(args: Any) -> None:
-    """Set what saving needs, before Megatron validates its flags.
+def check(args: Any) -> None:
+    """Refuse to save in a way that would not end.
 
     Raises:
         FlagError: Checkpoints cannot be written as asked for.
     """
+    if args.save and args.async_save and cpu.is_needed():
+        raise FlagError(
+            "--async-save: Megatron 0.19's writer process asks for a CUDA device and waits for "
+            "ever without one; drop it here"
+        )
+
+
+def apply(args: Any) -> None:
+    """Set what saving needs, before Megatron validates its flags."""
     if not args.save:
         return
     args.exit_signal_handler = True
     if not args.async_save:
         return
-    if cpu.is_needed():
-        raise FlagError(
-            "--async-save: Megatron 0.19's writer process asks for a CUDA device and waits for "
-            "ever without one; drop it here"
-        )
     if args.async_strategy == "nvrx" and not has("nvidia_resiliency_ext"):
         args.async_strategy = "mcore"
         logger.info("--async-save uses --async-strategy mcore: nvidia-resiliency-ext is missing")

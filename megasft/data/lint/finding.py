@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Final
 
+from megasft.severity import Severity, Unchecked, counted, num_unchecked
+
 MAX_EXAMPLES: Final = 5
-
-
-class Severity(StrEnum):
-    """How much a finding matters; the order is that of the report."""
-
-    ERROR = "error"
-    WARNING = "warning"
-    NOTE = "note"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +56,6 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Unchecked:
-    """Rules that did not run, or not on everything they should have seen, and why."""
-
-    rules: tuple[str, ...]
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """Everything lint found in one store, or in some files.
 
@@ -96,9 +80,8 @@ class Report:
 
     def verdict(self) -> str:
         """Return one line with all numbers."""
-        num = Counter(finding.severity for finding in self.findings)
-        found = ", ".join(f"{num[s]} {s}{'' if num[s] == 1 else 's'}" for s in Severity)
-        not_run = len({rule for item in self.unchecked for rule in item.rules})
+        found = counted(finding.severity for finding in self.findings)
+        not_run = num_unchecked(self.unchecked)
         rest = f", {not_run} not, or not on everything" if not_run else ""
         return (
             f"{self.subject}: {found} in {self.counts['samples']:,} samples, "
@@ -120,5 +103,4 @@ class Report:
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Return findings with errors first, then the most frequent first."""
-    rank = {severity: number for number, severity in enumerate(Severity)}
-    return tuple(sorted(findings, key=lambda f: (rank[f.severity], -f.share, f.rule, f.detail)))
+    return tuple(sorted(findings, key=lambda f: (f.severity.rank, -f.share, f.rule, f.detail)))

@@ -12,11 +12,11 @@ from typing import Final, NamedTuple
 
 from megasft.data.lint import id_rules, record_rules, store_rules, text_rules
 from megasft.data.lint.blocks import Block, Ints
-from megasft.data.lint.finding import Severity
 from megasft.data.lint.store_rules import Hits, Subject
 from megasft.data.lint.text_rules import Texts
 from megasft.data.lint.vocabulary import Vocabulary
 from megasft.data.lint.witness import Witness
+from megasft.severity import Severity
 
 
 class OnStore(NamedTuple):

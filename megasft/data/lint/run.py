@@ -22,7 +22,7 @@ from megasft.data.build import BuildOptions, build
 from megasft.data.conversation import BadRecordError
 from megasft.data.formats import FieldMap
 from megasft.data.lint.blocks import blocks
-from megasft.data.lint.finding import MAX_EXAMPLES, Finding, Report, Unchecked, in_order
+from megasft.data.lint.finding import MAX_EXAMPLES, Finding, Report, in_order
 from megasft.data.lint.rules import RULES, OnIds, OnRecord, OnStore, OnText, Rule
 from megasft.data.lint.sources import SourceChangedError, conversations_of, keys_of_messages
 from megasft.data.lint.store_rules import Hits, Keys, Subject, keys_of_tokens
@@ -33,6 +33,7 @@ from megasft.data.tokenize import Recipe
 from megasft.data.tokenizer_folder import TokenizerFolder, open_folder
 from megasft.errors import DataError
 from megasft.schema import TURN_FIELDS
+from megasft.severity import Unchecked
 from megasft.store import TokenStore, open_store
 
 DEFAULT_SAMPLED: Final = 2_000

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, NamedTuple
 
-
-class Severity(StrEnum):
-    """How much a finding matters; the order is that of the report."""
-
-    ERROR = "error"
-    WARNING = "warning"
-    NOTE = "note"
+from megasft.severity import Severity, Unchecked, counted, num_unchecked
 
 
 class Hit(NamedTuple):
@@ -74,14 +66,6 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Unchecked:
-    """Rules that did not run, and why."""
-
-    rules: tuple[str, ...]
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """Everything preflight found.
 
@@ -103,9 +87,8 @@ class Report:
 
     def verdict(self) -> str:
         """Return one line with all numbers."""
-        num = Counter(finding.severity for finding in self.findings)
-        found = ", ".join(f"{num[s]} {s}{'' if num[s] == 1 else 's'}" for s in Severity)
-        not_run = len({rule for item in self.unchecked for rule in item.rules})
+        found = counted(finding.severity for finding in self.findings)
+        not_run = num_unchecked(self.unchecked)
         return f"{found}; {self.num_rules} rules checked" + (f", {not_run} not" if not_run else "")
 
     def as_json(self) -> dict[str, Any]:
@@ -121,8 +104,7 @@ class Report:
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Return findings with errors first, those of one severity as they came."""
-    rank = {severity: number for number, severity in enumerate(Severity)}
-    return tuple(sorted(findings, key=lambda f: rank[f.severity]))
+    return tuple(sorted(findings, key=lambda f: f.severity.rank))
 
 
 def text_of_count(number: float) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from megasft.severity import Severity
 from megasft.training.preflight import (
     attention,
     checkpoints,
@@ -24,7 +25,7 @@ from megasft.training.preflight import (
     speed,
     stores,
 )
-from megasft.training.preflight.finding import Hit, Severity
+from megasft.training.preflight.finding import Hit
 from megasft.training.preflight.subject import Subject
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasft.errors import FlagError
+from megasft.severity import Severity, Unchecked
 from megasft.training.datasets import RunData
 from megasft.training.preflight import machine, memory, parameters
-from megasft.training.preflight.finding import Finding, Hit, Report, Severity, Unchecked, in_order
+from megasft.training.preflight.finding import Finding, Hit, Report, in_order
 from megasft.training.preflight.rules import RULES, Rule, Stage
 from megasft.training.preflight.subject import Subject, Wishes
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 
+from megasft.report.curves import FILE
 from megasft.report.devices import peak_tflops
-from megasft.report.jsonl import FILE
 from megasft.training import row_order
 from megasft.training.preflight.finding import Hit
 from megasft.training.report_arguments import log_folder

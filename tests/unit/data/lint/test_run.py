@@ -7,10 +7,11 @@ import pytest
 from megasft.data.build import BuildOptions, Complaint, Progress, Tally, build
 from megasft.data.formats import FieldMap
 from megasft.data.lint import run
-from megasft.data.lint.finding import Finding, Report, Severity, in_order
+from megasft.data.lint.finding import Finding, Report, in_order
 from megasft.data.lint.rules import RULES
 from megasft.data.lint.run import LintOptions, lint_files, lint_store
 from megasft.errors import DataError
+from megasft.severity import Severity
 from megasft.store import open_store
 from tests.tiny_tokenizer import make_tokenizer
 

@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 
 from megasft.errors import FlagError
+from megasft.severity import Severity
 from megasft.training.preflight import run
-from megasft.training.preflight.finding import Hit, Severity
+from megasft.training.preflight.finding import Hit
 from megasft.training.preflight.machine import look
 from megasft.training.preflight.rules import RULES, Rule, Stage
 from megasft.training.preflight.subject import Subject, Wishes
