@@ -64,6 +64,10 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     run_length.apply(args, data.train.plan)
     saving.apply(args)
     resume.check(args, row_order.identity(data.train.plan, window))
+    if saving.is_over(args):
+        saving.end_again(args)
+        return
+    resume.follow_new_length(args)
     validate_args(args)
     datasets.set_eval_iters(args, data)
     datasets.announce(args, data)
@@ -78,7 +82,14 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     report = Report(args, data, batches, keeper)
     hooks.install(model.transformer, args, batches, report, probe)
     config = pretrain_cfg_container_from_args(args, model)
-    with saving.ends_by_signal(args), saving.explains_failed_saves(args), keeper, report:
+    keeper.settle_intervals(config.checkpoint)
+    with (
+        saving.only_writer(args),
+        saving.ends_by_signal(args),
+        saving.explains_failed_saves(args),
+        keeper,
+        report,
+    ):
         pretrain(
             config,
             datasets.datasets_provider(args, data),

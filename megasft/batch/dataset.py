@@ -66,7 +66,13 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         order: Row at each position of the run; ``None`` there is a row of padding.
         length: Positions of the run.
         shape: Layout of the rows on this rank.
+
+    Attributes:
+        split: Megatron's name for what the rows are used for; its loader takes the micro-batch
+            size of evaluations only where it is that of validation.
     """
+
+    split: object = None
 
     def __init__(
         self,
@@ -116,7 +122,12 @@ class RowsOfSets(Dataset[dict[str, torch.Tensor]]):
         order: Row at each position of the run; ``None`` there is a row of padding.
         length: Positions of the run.
         shape: Layout of the rows on this rank.
+
+    Attributes:
+        split: As of ``PackedRows``.
     """
+
+    split: object = None
 
     def __init__(
         self, sets: Sequence[RowsOfStore], order: RowAtPosition, *, length: int, shape: RowShape

@@ -3,9 +3,11 @@
 A line is written with one call and no buffer, so a run that is killed leaves at most one line
 without its end, which the next run cuts off. A run that resumes at step k removes the lines of
 step k and later before it writes its first, because these steps are trained again; what was there
-is kept as ``steps.jsonl.before``, so starting anew in a folder by mistake loses nothing.
+is kept as ``steps.jsonl.before``, so starting anew in a folder by mistake loses nothing. A run that
+only evaluates (``--skip-train``), maybe an older checkpoint, removes none.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +30,7 @@ class Jsonl:
         assert setup.folder is not None, "a run without a folder has no such sink"
         self.path = setup.folder / FILE
         self.file: int | None = None
+        self.trains = setup.trains
         try:
             setup.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -38,9 +41,14 @@ class Jsonl:
         self._append(as_json(record), first_step=record.step)
 
     def validation(self, record: ValidationRecord) -> None:
-        """Append an evaluation."""
-        # That of step k belongs to a run that resumes behind step k.
-        self._append(as_json(record), first_step=record.step + 1)
+        """Append an evaluation, unless the file has that of the step already.
+
+        It has when a finished run is begun again.
+        """
+        if self.file is None and record.step in _evaluated_steps(self.path):
+            return
+        # That of step k belongs to a run that goes on after step k.
+        self._append(as_json(record), first_step=record.step + 1 if self.trains else math.inf)
 
     def close(self) -> None:
         """Close the file."""
@@ -48,7 +56,7 @@ class Jsonl:
             os.close(self.file)
             self.file = None
 
-    def _append(self, line: dict[str, Any], *, first_step: int) -> None:
+    def _append(self, line: dict[str, Any], *, first_step: float) -> None:
         if self.file is None:
             cut_back(self.path, first_step=first_step)
             self.file = os.open(self.path, _APPEND, 0o644)
@@ -64,12 +72,18 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.close(file)
 
 
-def cut_back(path: Path, *, first_step: int) -> None:
+def _evaluated_steps(path: Path) -> set[float]:
+    """Return the steps whose evaluation a file holds."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return {_step(line) for line in lines if b'"validation":' in line}
+
+
+def cut_back(path: Path, *, first_step: float) -> None:
     """Remove the lines of steps that will be trained again, and a line without its end.
 
     Args:
         path: The file, which need not exist.
-        first_step: The first step that will be written.
+        first_step: The first step that will be written; infinite when none will be.
     """
     if not path.is_file():
         return

@@ -30,6 +30,7 @@ class Setup:
         writer: TensorBoard's, where Megatron made one.
         console_interval: Steps from one printed line to the next; 0 prints none.
         table_interval: Steps from one printed table of categories to the next; 0 prints none.
+        trains: Whether the run trains, and not only evaluates.
     """
 
     folder: Path | None = None
@@ -37,6 +38,7 @@ class Setup:
     writer: ScalarWriter | None = None
     console_interval: int = 1
     table_interval: int = 0
+    trains: bool = True
 
 
 class Sink(Protocol):

@@ -4,13 +4,15 @@ A loss that is wrong by a count looks like any other loss: labels lost at a seam
 twice, rows read in another order. The plan knows the units of each global batch before it is
 trained, and Megatron leaves the number it reduced over all ranks in the tensor it was given
 (``finalize_model_grads``), so comparing them costs no collective: one integer read from the device,
-just before the gradient norm is read from it anyway.
+just before the gradient norm is read from it anyway. An evaluation is compared with the whole of
+each validation store, by the table that is summed over all ranks for its report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megasft.errors import AuditError
 from megasft.loss.objectives import OBJECTIVES
+from megasft.packing.plan import RowPlan
 from megasft.training.global_batch import GlobalBatch
 
 ROWS_NAMED = 16
@@ -37,6 +39,32 @@ def audit(*, step: int, reduced: int, batch: GlobalBatch, objective: str) -> Non
         "plan); the loss and its gradient would be divided by a wrong number. A data loader, loss "
         "or batch of your own is the likely cause; --megasft-no-audit trains on regardless"
     )
+
+
+def audit_evaluation(*, step: int, name: str, found: Mapping[str, float], plan: RowPlan) -> None:
+    """Stop the run when an evaluation did not read each row of a validation store once.
+
+    Args:
+        step: Steps trained before the evaluation.
+        name: Of the validation store.
+        found: Sums over all ranks by name of the column, see ``megasft.loss.breakdown``.
+        plan: The rows of the store.
+
+    Raises:
+        AuditError: Turns, samples or labels are not those of the rows.
+    """
+    held = {"turns": plan.turns, "samples": plan.labelled_samples, "labels": plan.labels}
+    wrong = [
+        f"{round(found[unit]):,} {unit}, and its rows hold {int(of_row.sum()):,}"
+        for unit, of_row in held.items()
+        if round(found[unit]) != int(of_row.sum())
+    ]
+    if wrong:
+        raise AuditError(
+            f"step {step}: the evaluation of {name} read {'; '.join(wrong)}; its losses would be "
+            "those of other data. A data loader, loss or batch of your own is the likely cause; "
+            "--megasft-no-audit goes on regardless"
+        )
 
 
 def _some(rows: Sequence[int]) -> str:

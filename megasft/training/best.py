@@ -1,9 +1,12 @@
 """The best checkpoint by a validation loss, and ending a run that gets no better.
 
 ``best.json`` in the folder of ``--save`` names the iteration, set and loss of the best evaluation
-so far. With ``--megasft-best`` a checkpoint is saved at every evaluation that is the best so far,
-whatever ``--save-interval``, and retention keeps it; with ``--megasft-early-stop N`` the run ends
-behind the Nth evaluation in a row that was not.
+so far, and lists all of them. With ``--megasft-best`` a checkpoint is saved at every evaluation
+that is the best so far, whatever ``--save-interval``, and retention keeps it; with
+``--megasft-early-stop N`` the run ends after the Nth evaluation in a row that was not.
+
+The list is there for runs that go back: a run killed after an evaluation resumes from an earlier
+checkpoint, and must then know the best one *until there*, which is a checkpoint it may not delete.
 
 Megatron evaluates before it decides to save and to exit, by ``iteration % interval``; so an
 interval of exactly this iteration is how it is told to do either now. All ranks hear the same
@@ -13,7 +16,8 @@ losses and decide alike. Rejected: to save from here, beside Megatron's own savi
 import argparse
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -107,46 +111,111 @@ class Best(NamedTuple):
     since: int = 0
 
 
+class Evaluation(NamedTuple):
+    """The loss of the followed validation set after a step."""
+
+    iteration: int
+    loss: float
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> Best:
+    """Return the lowest loss, the earliest of equals; a loss that is not a number is never it.
+
+    Example:
+        >>> best_of([Evaluation(2, 7.0), Evaluation(4, 6.5), Evaluation(6, 6.5)])
+        Best(iteration=4, loss=6.5, since=1)
+    """
+    best = Best()
+    for iteration, loss in evaluations:
+        is_better = loss < best.loss
+        best = Best(iteration, loss) if is_better else best._replace(since=best.since + 1)
+    return best
+
+
+def read_evaluations(folder: Path, *, name: str, until: int) -> list[Evaluation]:
+    """Return the evaluations that ``best.json`` holds, up to where a run goes on.
+
+    Args:
+        folder: Megatron's ``--save``.
+        name: The validation store the run goes by; those of another one do not count.
+        until: Steps trained in the checkpoint that the run starts from. Later evaluations are made
+            again, by weights that will be trained again.
+    """
+    try:
+        saved = orjson.loads((folder / FILE).read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return []
+    # What an older version wrote names the best evaluation alone.
+    made = saved.get("evaluations", [[saved["iteration"], saved["loss"]]])
+    # JSON has no nan; it is written as null.
+    found = [Evaluation(step, math.nan if loss is None else loss) for step, loss in made]
+    return [e for e in found if e.iteration <= until] if saved["set"] == name else []
+
+
+def has_lost_patience(args: Any, *, iteration: int) -> bool:
+    """Say whether ``--megasft-early-stop`` has ended a run after this step.
+
+    Args:
+        args: Megatron's flags and ours.
+        iteration: Of the last checkpoint.
+    """
+    if args.megasft_early_stop is None:
+        return False
+    made = read_evaluations(Path(args.save), name=args.megasft_best, until=iteration)
+    ends_there = bool(made) and made[-1].iteration == iteration
+    return ends_there and best_of(made).since >= args.megasft_early_stop
+
+
 class BestTracker:
     """Follows the evaluations of a run; every rank has one.
 
     Args:
         args: Megatron's flags, whose intervals it sets.
         writes: Whether this rank writes ``best.json``.
+
+    Attributes:
+        has_ended_run: Whether the run ends, because it gets no better.
+        intervals: Where Megatron reads ``save_interval``: in its flags during a run.
     """
 
     def __init__(self, args: Any, *, writes: bool) -> None:
         self.args, self.writes = args, writes
         self.name = str(args.megasft_best)
-        self.path = Path(args.save) / FILE
+        self.folder = Path(args.save)
         self.has_ended_run = False
+        self.intervals = [args]
         self._interval = args.save_interval
-        self._best: Best | None = None
+
+    @cached_property
+    def _made(self) -> list[Evaluation]:
+        """What earlier parts of the run found; Megatron has loaded a checkpoint by then."""
+        return read_evaluations(self.folder, name=self.name, until=int(self.args.iteration))
 
     @property
     def kept(self) -> set[int]:
         """Iterations that retention must leave."""
-        return set() if self._best is None else {self._best.iteration}
+        return {best_of(self._made).iteration} if self._made else set()
 
     def begin_step(self) -> None:
-        """Take back what made Megatron save behind the last step."""
-        self.args.save_interval = self._interval
+        """Take back what made Megatron save after the last step."""
+        self._set_interval(self._interval)
 
     def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
-        """Hear of an evaluation, before Megatron decides whether to save and to end.
+        """Follow an evaluation, before Megatron decides whether to save and to end.
 
         Args:
-            iteration: Step it was made behind.
+            iteration: Steps trained before it. That of a step which was evaluated already changes
+                nothing: the command of a finished run, given again, makes one.
             losses: Of each validation store, and of all together.
         """
-        best, loss = self._best or self._read(before=iteration), losses[self.name]
-        if loss < best.loss:
-            best = Best(iteration, loss)
-            self.args.save_interval = iteration
+        if self._made and iteration <= self._made[-1].iteration:
+            return
+        loss = losses[self.name]
+        self._made.append(Evaluation(iteration, loss))
+        best = best_of(self._made)
+        if best.iteration == iteration:
+            self._set_interval(iteration)
             logger.info("validation %s: %.6g is the lowest so far", self.name, loss)
-        else:
-            best = best._replace(since=best.since + 1)
-        self._best = best
         if self.writes:
             self._write(best)
         patience = self.args.megasft_early_stop
@@ -157,14 +226,9 @@ class BestTracker:
             )
             self.args.exit_interval, self.has_ended_run = iteration, True
 
-    def _read(self, *, before: int) -> Best:
-        """Return what an earlier part of the run found, unless this one goes back behind it."""
-        try:
-            saved = orjson.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            return Best()
-        found = Best(saved["iteration"], saved["loss"], saved["evaluations_since"])
-        return found if saved["set"] == self.name and found.iteration < before else Best()
+    def _set_interval(self, steps: int | None) -> None:
+        for settings in self.intervals:
+            settings.save_interval = steps
 
     def _write(self, best: Best) -> None:
         fields = {
@@ -172,6 +236,7 @@ class BestTracker:
             "set": self.name,
             "loss": best.loss,
             "evaluations_since": best.since,
+            "evaluations": [list(each) for each in self._made],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, orjson.dumps(fields, option=orjson.OPT_INDENT_2))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / FILE, orjson.dumps(fields, option=orjson.OPT_INDENT_2))

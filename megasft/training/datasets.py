@@ -165,10 +165,20 @@ def datasets_provider(
         _num_samples: Any, vp_stage: int | None = None
     ) -> tuple[PackedRows, PackedRows | RowsOfSets | None, None]:
         from megatron.core import mpu
+        from megatron.core.datasets.utils import Split
         from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 
         def rows(planned: PlannedStore, order: RowAtPosition) -> PackedRows:
             return PackedRows(planned.store, planned.plan.rows, order, length=ENDLESS, shape=shape)
+
+        def valid_rows(sets: Sequence[PlannedStore]) -> PackedRows | RowsOfSets:
+            stores = [RowsOfStore(p.store, p.plan.rows, len(p.plan)) for p in sets]
+            period = args.eval_iters * args.eval_global_batch_size
+            whole = WholeSet(num_rows=sum(rows.num_rows for rows in stores), period=period)
+            if validation.reported_names(args.megasft_valid_data):
+                return RowsOfSets(stores, whole, length=ENDLESS, shape=shape)
+            (planned,) = sets
+            return rows(planned, whole)
 
         shape = RowShape(
             row_tokens=data.train.plan.row_tokens,
@@ -183,15 +193,11 @@ def datasets_provider(
             micro_batch_size=args.micro_batch_size,
         )
         train = rows(data.train, row_order.training_order(args, data.train.plan, batch))
-        valid = [RowsOfStore(p.store, p.plan.rows, len(p.plan)) for p in data.valid.values()]
-        if not valid:
+        if not data.valid:
             return train, None, None
-        period = args.eval_iters * args.eval_global_batch_size
-        whole = WholeSet(num_rows=sum(rows.num_rows for rows in valid), period=period)
-        if validation.reported_names(args.megasft_valid_data):
-            return train, RowsOfSets(valid, whole, length=ENDLESS, shape=shape), None
-        (planned,) = data.valid.values()
-        return train, rows(planned, whole), None
+        valid = valid_rows(tuple(data.valid.values()))
+        valid.split = Split.valid
+        return train, valid, None
 
     # Every rank builds its dataset: nothing is broadcast over tensor-parallel ranks.
     provide.is_distributed = True  # type: ignore[attr-defined]

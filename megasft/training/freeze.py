@@ -9,6 +9,9 @@ A frozen embedding gives outputs that need no gradient; under full recomputation
 ``CheckpointFunction`` then returns none for the layers behind it, silently. So outputs of a frozen
 embedding are made to need one.
 
+A frozen router's bias of each expert (``--moe-router-bias-update-rate``) stays, too: it is a buffer
+that Megatron moves after each step, and it belongs to the router's weight.
+
 Megatron saves the layers of a tensor as one stacked tensor, moments too, and cannot save those of
 some layers only; a run that freezes some layers therefore saves no optimizer (``--no-save-optim``).
 """
@@ -105,10 +108,29 @@ def _freeze(chunks: Sequence[Any], patterns: Sequence[str], *, matching: bool) -
         num_tensors, num_trained = num_tensors + 1, num_trained + (not is_frozen)
     logger.info("rank 0 trains %d of its %d parameter tensors", num_trained, num_tensors)
     for chunk in chunks:
+        _freeze_biases_of_routers(chunk)
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and not any(p.requires_grad for p in embedding.parameters()):
             embedding.register_forward_hook(_need_gradient)
     return done
+
+
+def _freeze_biases_of_routers(chunk: Any) -> None:
+    """Keep the bias per expert of each router whose weight is frozen.
+
+    Raises:
+        FlagError: Quantile balancing moves its bias whatever is frozen.
+    """
+    for router in chunk.modules():
+        if not hasattr(router, "frozen_expert_bias") or router.weight.requires_grad:
+            continue
+        router.frozen_expert_bias = True
+        if getattr(router, "qb_beta", None) is not None:
+            raise FlagError(
+                "--moe-router-load-balancing-type quantile_balancing moves the routers' bias after "
+                "each step, also where --megasft-freeze or --megasft-train-only freezes them; "
+                "train the routers ('router'), or choose another type"
+            )
 
 
 def _named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from megasft import cpu
-from megasft.loss.breakdown import Breakdown
+from megasft.loss.breakdown import COLUMNS, Breakdown
 from megasft.loss.per_sample import SAMPLE_COLUMNS
 from megasft.report.devices import peak_tflops
 from megasft.report.record import Losses, Speed, StepRecord, ValidationRecord, losses_of
@@ -27,6 +27,7 @@ from megasft.report.sink import Setup, Sink
 from megasft.report.sinks import SINKS
 from megasft.schema import SFTBatch
 from megasft.store import TokenStore
+from megasft.training.audit import audit_evaluation
 from megasft.training.best import loss_of_each
 from megasft.training.datasets import RunData
 from megasft.training.global_batch import GlobalBatches
@@ -53,9 +54,10 @@ class Report:
     def __init__(self, args: Any, data: RunData, batches: GlobalBatches, keeper: Keeper) -> None:
         self.args, self.batches, self.keeper = args, batches, keeper
         self.store, self.plan = data.train.store, data.train.plan
-        self.valid_names = tuple(data.valid)
+        self.valid_names, self.valid = tuple(data.valid), tuple(data.valid.values())
+        self._last_step: int | None = None
         self.names = {"train": [_categories(self.store)]}
-        self.names["valid"] = [_categories(planned.store) for planned in data.valid.values()]
+        self.names["valid"] = [_categories(planned.store) for planned in self.valid]
         self._tables: dict[str, Breakdown] = {}
         self._sinks: list[Sink] = []
         self._reduced: torch.Tensor | None = None
@@ -104,15 +106,22 @@ class Report:
     def evaluated(self, _model: Any) -> None:
         """Report an evaluation; Megatron calls it on all ranks at the end (``non_loss_data_func``).
 
-        Its sums are reduced here, because gradients are finalized in training alone.
+        Its sums are reduced here, because gradients are finalized in training alone. When the last
+        step was evaluated, Megatron would do so once more at the end: the flag it goes by is taken
+        back, since the weights and so all numbers would be the same.
         """
         sums, _ = self._sum_of_ranks("valid")
         table, slots = sums.tolist(), self._tables["valid"].sets
+        # Without a step, as when a finished run is begun again, it is that of the checkpoint.
+        step = int(self.args.iteration if self._last_step is None else self._last_step)
+        if not self.args.megasft_no_audit:
+            self._audit_evaluation(step, table)
+        if self._last_step is not None and step == self.args.train_iters:
+            self.args.do_valid = False
         sets = {
             name: self._losses(table, slots[n], self.names["valid"][n])
             for n, name in enumerate(self.valid_names)
         }
-        step = int(self.args.iteration if self.args.skip_train else self.args.curr_iteration + 1)
         self.keeper.evaluated(step, loss_of_each(sets, objective=self.args.megasft_loss))
         record = ValidationRecord(step, sets, time.time())
         self._write(lambda sink: sink.validation(record))
@@ -126,8 +135,17 @@ class Report:
         """Close what is written to, however the run ends."""
         self._write(lambda sink: sink.close())
 
+    def _audit_evaluation(self, step: int, table: Sequence[Sequence[float]]) -> None:
+        """Compare what was evaluated with what the rows of the validation stores hold."""
+        for name, planned, slots in zip(
+            self.valid_names, self.valid, self._tables["valid"].sets, strict=True
+        ):
+            found = dict(zip(COLUMNS, table[slots.whole], strict=True))
+            audit_evaluation(step=step, name=name, found=found, plan=planned.plan)
+
     def _stepped(self, optimizer: OptimizerStep) -> None:
         """Write the record of the step."""
+        self._last_step = int(self.args.curr_iteration) + 1
         assert self._began is not None and self._reduced is not None, "a step has micro-batches"
         seconds = time.perf_counter() - self._began
         self._began = None
@@ -138,7 +156,7 @@ class Report:
         (slots,), (names,) = self._tables["train"].sets, self.names["train"]
         tokens = int(lengths.sum())
         record = StepRecord(
-            step=int(self.args.curr_iteration) + 1,
+            step=self._last_step,
             num_steps=int(self.args.train_iters),
             epoch=(self.args.consumed_train_samples + len(batch.rows)) / self.plan.epoch_rows,
             losses=self._losses(self._reduced.tolist(), slots, names),
@@ -253,6 +271,7 @@ def _sinks(args: Any) -> list[Sink]:
         writer=get_tensorboard_writer(),
         console_interval=args.megasft_console_interval,
         table_interval=args.megasft_table_interval,
+        trains=not args.skip_train,
     )
     names = []
     if args.rank == 0:

@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 RELEASE: Final = "release"
 """What the tracker says of weights without a run: a converted model."""
 
+SCHEDULE: Final = (
+    *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+"""Flags that the learning-rate schedule is made of, but for the length of the run."""
+
 KINDS: Final = {
     "plan version": r"plan version ",
     "store": r"store ",
@@ -111,6 +118,45 @@ def _check_form_of_moments(args: Any, saved: Any) -> None:
             "Megatron 0.19 does not find its moments; add the flag, or pass --no-load-optim to "
             "start them anew"
         )
+
+
+def follow_new_length(args: Any) -> None:
+    """Let a run that is made longer go on: by the learning-rate schedule of its new length.
+
+    Megatron asserts that the schedule is that of the checkpoint, which its length is part of,
+    unless one of two flags says which of them holds. A run that changes more than its length is
+    left to these flags.
+
+    Args:
+        args: Megatron's flags, not validated yet; ``override_opt_param_scheduler`` may be set.
+    """
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    state = None if args.finetune or args.no_load_optim else _saved_state(args)
+    if state is None or identity_in(state) is None:
+        return
+    saved = state["args"]
+    before, now = (
+        [getattr(of, name, None) for name in ("train_iters", "train_samples")]
+        for of in (saved, args)
+    )
+    # Megatron fills train_iters in from train_samples before it saves.
+    is_other_length = before[1:] != now[1:] if now[1] else before != now
+    # What is not given follows from the rest, and Megatron saves it filled in.
+    given = [name for name in SCHEDULE if getattr(args, name) is not None]
+    if not is_other_length or any(getattr(saved, n, None) != getattr(args, n) for n in given):
+        return
+    args.override_opt_param_scheduler = True
+    logger.info(
+        "the run was %s long and is %s now: its learning rate follows the schedule of the new "
+        "length (--override-opt-param-scheduler; --use-checkpoint-opt-param-scheduler keeps the "
+        "old one)",
+        *(_length(*before), _length(*now)),
+    )
+
+
+def _length(iterations: int | None, rows: int | None) -> str:
+    return f"{rows:,} rows" if rows else f"{iterations or 0:,} iterations"
 
 
 def find(args: Any) -> Path | None:

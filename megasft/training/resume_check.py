@@ -122,6 +122,7 @@ def _validate(args: Any) -> datasets.RunData:
     window = row_order.cost_window(args)
     run_length.apply(args, data.train.plan)
     resume.check(args, row_order.identity(data.train.plan, window))
+    resume.follow_new_length(args)
     with _refusals("Megatron refuses these flags"), redirect_stdout(io.StringIO()):
         validate_args(args)
         with batch_sizes(args):

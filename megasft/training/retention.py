@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 TRACKER: Final = "latest_checkpointed_iteration.txt"
 KEEP: Final = "KEEP"
 _DOOMED: Final = ".deleted."
+_PREFIX: Final = "iter_"
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -115,7 +116,12 @@ def checkpoint_folder(folder: Path, iteration: int) -> Path:
 
 def iteration_name(iteration: int) -> str:
     """Return the name of the folder Megatron saves a step in."""
-    return f"iter_{iteration:07d}"
+    return f"{_PREFIX}{iteration:07d}"
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def whole_checkpoints(folder: Path) -> list[int]:
@@ -124,7 +130,8 @@ def whole_checkpoints(folder: Path) -> list[int]:
         newest = int((folder / TRACKER).read_text())
     except (OSError, ValueError):
         return []  # nothing saved, or a converted checkpoint ("release")
-    numbers = (p.name.removeprefix("iter_") for p in folder.glob("iter_*") if p.is_dir())
+    folders = (path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    numbers = (path.name.removeprefix(_PREFIX) for path in folders)
     found = sorted(int(number) for number in numbers if number.isdecimal())
     return [iteration for iteration in found if iteration <= newest]
 

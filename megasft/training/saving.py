@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved when it is told to end, and what to do when saving failed.
 
 A scheduler announces the end of a job by a signal. With ``--save`` Megatron's own handler is on by
-default: the signal of ``--exit-signal`` (SIGTERM) on any rank makes all of them save behind the
+default: the signal of ``--exit-signal`` (SIGTERM) on any rank makes all of them save after the
 step and exit with 0. Slurm's usual warning, SIGUSR1, does the same.
 
 So an exit code of 0 does not say that a run is complete; a file ``complete.json`` beside the
@@ -13,18 +13,20 @@ import shutil
 import signal
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 
 import orjson
 
-from megasft import cpu
+from megasft import cpu, files
 from megasft.compat import has
 from megasft.errors import FlagError, SaveError
 from megasft.files import write_whole
-from megasft.training.best import BestTracker
-from megasft.training.retention import Retention, whole_checkpoints
+from megasft.training import resume
+from megasft.training.best import BestTracker, has_lost_patience
+from megasft.training.report_arguments import log_folder
+from megasft.training.retention import Retention, iteration_of, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,22 @@ def apply(args: Any) -> None:
     if args.async_strategy == "nvrx" and not has("nvidia_resiliency_ext"):
         args.async_strategy = "mcore"
         logger.info("--async-save uses --async-strategy mcore: nvidia-resiliency-ext is missing")
+
+
+@contextmanager
+def only_writer(args: Any) -> Iterator[None]:
+    """Keep other runs from writing to the folders of this one; rank 0 does it for all.
+
+    Raises:
+        FlagError: Another run writes to ``--save``, or to the folder of the log.
+    """
+    saves = [Path(args.save)] if args.save and not args.skip_train else []
+    log = log_folder(args)
+    folders = dict.fromkeys([*saves, *([] if log is None else [log])])
+    with ExitStack() as stack:
+        for folder in folders if args.rank == 0 else ():
+            stack.enter_context(files.only_writer(folder))
+        yield
 
 
 @contextmanager
@@ -122,8 +140,76 @@ def _explanation(args: Any, error: BaseException) -> str:
     )
 
 
+def is_over(args: Any) -> bool:
+    """Say whether a run has ended already, so that nothing of it is left to do.
+
+    It has when ``--load`` is ``--save`` and the checkpoint there is of its last step and marked as
+    complete, or when its early stop has ended it. A run that was killed between its last save and
+    the mark is not over: its last evaluation may be missing.
+
+    Args:
+        args: Megatron's flags and ours, the length of the run included.
+    """
+    checkpoint = _own_checkpoint(args)
+    if checkpoint is None:
+        return False
+    iteration = iteration_of(checkpoint)
+    if args.megasft_best is not None and has_lost_patience(args, iteration=iteration):
+        return True
+    return _is_last(args, checkpoint) and _completed(checkpoint.parent) == iteration
+
+
+def end_again(args: Any) -> None:
+    """Say that a run is over, and mark it as complete where its own end did not come to that."""
+    checkpoint = _own_checkpoint(args)
+    assert checkpoint is not None, "the run is over"
+    if args.rank == 0:
+        mark_complete(checkpoint.parent)
+    logger.info(
+        "the run is complete: %s is its last checkpoint, and nothing is trained or written again; "
+        "to go on, raise --train-iters, --train-samples or --megasft-epochs%s",
+        checkpoint,
+        " (or --megasft-early-stop)" if args.megasft_early_stop is not None else "",
+    )
+
+
+def _own_checkpoint(args: Any) -> Path | None:
+    """Return the checkpoint of this very run that it goes on from, if there is one."""
+    if not (args.load and args.save) or args.finetune or args.skip_train:
+        return None
+    if Path(args.load).resolve() != Path(args.save).resolve():
+        return None
+    checkpoint = resume.find(args)
+    return None if checkpoint is None or checkpoint.name == resume.RELEASE else checkpoint
+
+
+def _is_last(args: Any, checkpoint: Path) -> bool:
+    """Say whether no step is left to train after a checkpoint."""
+    if args.train_samples is None:
+        return args.train_iters is not None and iteration_of(checkpoint) >= args.train_iters
+    saved = resume.read_state(checkpoint)["args"]
+    return bool(saved.consumed_train_samples >= args.train_samples)
+
+
+def _completed(folder: Path) -> int | None:
+    """Return the step of ``complete.json``, if there is such a file."""
+    try:
+        return int(orjson.loads((folder / COMPLETE).read_bytes())["iteration"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def mark_complete(folder: Path) -> None:
+    """Write ``complete.json``, unless it says so already."""
+    whole = whole_checkpoints(folder)
+    if whole and _completed(folder) != whole[-1]:
+        write_whole(folder / COMPLETE, orjson.dumps({"iteration": whole[-1]}))
+
+
 class Keeper:
-    """Sees to a run's checkpoints behind every step: what is the best, and what may go.
+    """Sees to a run's checkpoints after every step: what is the best, and what may go.
+
+    A run with ``--skip-train`` only evaluates, and its checkpoints are left as they are.
 
     Args:
         args: Megatron's flags.
@@ -131,20 +217,41 @@ class Keeper:
     """
 
     def __init__(self, args: Any, *, rank: int) -> None:
-        self.folder = Path(args.save) if args.save and rank == 0 else None
-        self.best = None if args.megasft_best is None else BestTracker(args, writes=rank == 0)
+        self.args = args
+        saves, is_first = args.save and not args.skip_train, rank == 0
+        self.folder = Path(args.save) if saves and is_first else None
+        self._has_stepped = False
+        self.best = None
+        if saves and args.megasft_best is not None:
+            self.best = BestTracker(args, writes=is_first)
         self.retention = None
-        if rank == 0 and args.megasft_keep_last is not None:
-            self.retention = Retention(Path(args.save), keep_last=args.megasft_keep_last)
+        if self.folder is not None and args.megasft_keep_last is not None:
+            self.retention = Retention(self.folder, keep_last=args.megasft_keep_last)
+
+    def settle_intervals(self, settings: Any) -> None:
+        """Keep Megatron from writing its last checkpoint a second time at the end of a run.
+
+        It does so unless the interval it began with divides the last step, and a kill meanwhile
+        would leave half of the only checkpoint that the tracker names.
+
+        Args:
+            settings: Megatron's checkpointing settings, ``config.checkpoint``.
+        """
+        checkpoint = _own_checkpoint(self.args)
+        if checkpoint is not None and _is_last(self.args, checkpoint):
+            settings.save_interval = 1  # no step is left, so there is nothing to save
+        elif self.best is not None:
+            self.best.intervals.append(settings)
 
     def end_step(self) -> None:
-        """Do what is to be done once a step, before Megatron evaluates or saves behind it."""
+        """Do what is to be done once a step, before Megatron evaluates or saves after it."""
+        self._has_stepped = True
         if self.best is not None:
             self.best.begin_step()
         self._delete()
 
     def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
-        """Hear of an evaluation: the loss of each validation store, and of all together."""
+        """Follow an evaluation: the loss of each validation store, and of all together."""
         if self.best is not None:
             self.best.evaluated(iteration, losses)
 
@@ -155,18 +262,13 @@ class Keeper:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Mark a complete run, delete what its last checkpoint has made superfluous."""
-        is_over = self.best is not None and self.best.has_ended_run
-        if self.folder is not None and (error is None or is_over):
-            self._mark_complete(self.folder)
-        self._delete()
+        has_ended = self.best is not None and self.best.has_ended_run
+        if self.folder is not None and (error is None or has_ended):
+            mark_complete(self.folder)
+        if self._has_stepped:  # else it is not known what was the best until here
+            self._delete()
         if self.retention is not None:
             self.retention.wait()
-
-    @staticmethod
-    def _mark_complete(folder: Path) -> None:
-        whole = whole_checkpoints(folder)
-        if whole:
-            write_whole(folder / COMPLETE, orjson.dumps({"iteration": whole[-1]}))
 
     def _delete(self) -> None:
         if self.retention is not None:

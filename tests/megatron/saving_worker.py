@@ -1,8 +1,10 @@
 """Runs the real training entry point several times, with something happening to a rank at a step.
 
 Usage: torchrun --nproc-per-node N -m tests.megatron.saving_worker RUNS.json, a list of
-{"flags": [...], "ranks": [R, ...], "step": S, "event": "usr1" | "term" | "disk-full" | null}.
-What became of each run is written beside it: I-RANK.json with the exit code or the error.
+{"flags": [...], "ranks": [R, ...], "step": S, "event": "usr1" | "term" | "disk-full" | "unmark"
+| null}, where the last takes ``complete.json`` away before the run.
+What became of each run is written beside it: I-RANK.json with the exit code or the error; that of
+rank 0 names the files of ``--save`` that the run changed.
 """
 
 import json
@@ -52,10 +54,15 @@ class Event:
             resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, hard))
 
 
-def is_complete(flags: list[str]) -> bool:
-    if "--save" not in flags:
-        return False
-    return (Path(flags[flags.index("--save") + 1]) / COMPLETE).exists()
+def saved_to(flags: list[str]) -> Path | None:
+    return Path(flags[flags.index("--save") + 1]) if "--save" in flags else None
+
+
+def files_in(folder: Path | None) -> dict[str, tuple[int, int]]:
+    """Inode and time of each file: what is written again, even with the same bytes, differs."""
+    files = folder.rglob("*") if folder else ()
+    stats = {str(path.relative_to(folder)): path.stat() for path in files if path.is_file()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def main() -> None:
@@ -64,6 +71,10 @@ def main() -> None:
     for i, entry in enumerate(json.loads(listing.read_text())):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         outcome: dict[str, Any] = {"exit": None, "error": None}
+        folder = saved_to(entry["flags"])
+        if entry["event"] == "unmark" and folder is not None and torch.distributed.get_rank() == 0:
+            (folder / COMPLETE).unlink()
+        before = files_in(folder)
         try:
             run(entry["flags"], probe=Event(entry))
         except SystemExit as ended:
@@ -73,7 +84,9 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         rank = torch.distributed.get_rank()
         if rank == 0:
-            outcome["is_complete"] = is_complete(entry["flags"])
+            after = files_in(folder)
+            changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+            outcome["changed"], outcome["is_complete"] = changed, COMPLETE in after
         listing.with_name(f"{i}-{rank}.json").write_text(json.dumps(outcome))
         forget()
     torch.distributed.destroy_process_group()

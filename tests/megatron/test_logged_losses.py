@@ -17,6 +17,7 @@ def test_every_objective_and_the_validation_loss_equal_their_definition(world: W
     cases = [("turn", 0.0), ("sample", 0.0), ("token", 0.0), ("turn", 0.8)]
     # A learning rate of 0 leaves the weights alone, so validation after the step is comparable.
     still = ("--micro-batch-size", 2, "--lr", 0, "--context-parallel-size", 2)
+    still = (*still, "--eval-micro-batch-size", 4)
     runs = [
         world.flags(f"{o}-{a}", "--megasft-loss", o, "--megasft-dft-alpha", a, *still)
         for o, a in cases

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 6
 MANY = 15
+KEPT_STEPS = 4
 TRACKER = "latest_checkpointed_iteration.txt"
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 FROZEN = ("--megasft-freeze", "embedding", "mlp", "--train-iters", 3)
@@ -30,6 +31,7 @@ class Outcomes(NamedTuple):
     folder: Path
     of: dict[str, list[dict[str, Any]]]
     complete: dict[str, bool]
+    changed: dict[str, list[str]]
     output: str
 
 
@@ -57,8 +59,15 @@ def outcomes(world: World) -> Outcomes:
     add("full-resumed", *saves("full", 2))
     best = ("--megasft-best", "--eval-interval", 1, "--lr", 0.3, "--megasft-early-stop", 2)
     best = (*best, "--train-iters", MANY)
-    add("best", *saves("best", 100), *best, "--megasft-keep-last", 1)
-    add("kept", *saves("kept", 1), "--megasft-keep-last", 2, "--megasft-epochs", 0.5)
+    best = (*best, *saves("best", 100), "--megasft-keep-last", 1)
+    add("best", *best)
+    add("best-again", *best)
+    kept = (*saves("kept", 3), "--megasft-epochs", 0.5, "--megasft-keep-last", 2)
+    kept = (*kept, "--megasft-best", "--eval-interval", 2)
+    add("kept", *kept)
+    add("kept-again", *kept)
+    add("kept-unmarked", *kept, event="unmark")
+    add("kept-longer", *kept, "--megasft-epochs", 0.7)
     add("frozen", *saves("frozen", 3), *FROZEN)
     partly = ("--megasft-freeze", r"layers\.0\.")
     add("partly", *saves("partly", 3), *partly)
@@ -74,7 +83,10 @@ def outcomes(world: World) -> Outcomes:
     output = torchrun(2, "-m", "tests.megatron.saving_worker", str(listing))
     read = lambda i, rank: json.loads((folder / f"{i}-{rank}.json").read_text())  # noqa: E731
     of = {name: [read(i, rank) for rank in (0, 1)] for i, name in enumerate(runs)}
-    return Outcomes(folder, of, {name: of[name][0].pop("is_complete") for name in of}, output)
+    complete, changed = (
+        {name: of[name][0].pop(fact) for name in of} for fact in ("is_complete", "changed")
+    )
+    return Outcomes(folder, of, complete, changed, output)
 
 
 def without_length(flags: list[str]) -> list[str]:
@@ -149,11 +161,39 @@ def test_the_best_is_saved_and_kept_and_the_run_ends_when_it_gets_no_better(
     assert "evaluations since step" in outcomes.output
 
 
+def test_a_finished_run_begun_again_changes_nothing(outcomes: Outcomes) -> None:
+    """Neither one that had all its steps, nor one that its early stop ended.
+
+    As a scheduler does that puts a job into the queue again. Steps were trained and saved by the
+    run before, so a mistake would delete its best checkpoint, or empty its log. Where the mark of
+    a complete run is missing, as after a kill at the very end, the last evaluation is made again,
+    and the mark is all that is written.
+    """
+    for name in ("best-again", "kept-again"):
+        assert outcomes.of[name] == [{"exit": None, "error": None}] * 2, name
+        assert outcomes.changed[name] == [], name
+        assert outcomes.complete[name], name
+    assert outcomes.output.count("the run is complete: ") == 2
+    assert outcomes.changed["kept-unmarked"] == [
+        ".writer.json",
+        "complete.json",
+        "log/.writer.json",
+    ]
+    assert f"validation loss at iteration {KEPT_STEPS} on validation set" in outcomes.output
+
+
 def test_older_checkpoints_go_and_epochs_say_how_long_a_run_is(outcomes: Outcomes) -> None:
-    """Half an epoch of 62 rows is 4 iterations of 8."""
-    assert "0.5 epochs of 62 rows are 4 iterations of 8" in outcomes.output
-    assert iterations(outcomes.folder / "kept") == [3, 4]
-    assert not list((outcomes.folder / "kept").glob(".deleted*"))
+    """Half an epoch of 62 rows is 4 iterations of 8; a longer run goes on from there."""
+    assert f"0.5 epochs of 62 rows are {KEPT_STEPS} iterations of 8" in outcomes.output
+    folder = outcomes.folder / "kept"
+    best = json.loads((folder / "best.json").read_text())
+    assert [step for step, _ in best["evaluations"]] == [2, 4, 6], "each step is evaluated once"
+    assert iterations(folder) == sorted({best["iteration"], 4, 6})
+    lines = [json.loads(line) for line in (folder / "log" / "steps.jsonl").read_text().splitlines()]
+    assert [x["steps"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+    assert [x["steps"] for x in lines if "validation" in x] == [2, 4, 6]
+    assert not list(folder.glob(".deleted*"))
+    assert outcomes.complete["kept-longer"]
 
 
 def test_frozen_parameters_stay_and_the_others_learn(world: World, outcomes: Outcomes) -> None:

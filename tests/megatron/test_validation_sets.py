@@ -9,12 +9,17 @@ from tests.stores import random_samples, sample, write_store
 pytestmark = pytest.mark.slow
 
 
+def evaluation(*, micro: int, whole: int) -> tuple[object, ...]:
+    return ("--eval-micro-batch-size", micro, "--eval-global-batch-size", whole)
+
+
 def test_every_validation_store_logs_the_loss_of_its_own_samples(world: World) -> None:
     """One store of a single row, one of rows that fill no whole batch, on three layouts.
 
-    Why it matters: a small set must not vanish in a large one, nor be averaged over ranks. Mirrors
-    ``evaluate`` (megatron-core 0.19.2), which reduces what a loss function reports. Does not cover
-    interleaved pipeline stages, and resuming in the middle of a pass.
+    Why it matters: a small set must not vanish in a large one, nor be averaged over ranks, and
+    Megatron's loader knows nothing of ``--eval-micro-batch-size`` by itself, here another one than
+    that of training. Mirrors ``evaluate`` and ``build_pretraining_data_loader`` (megatron-core
+    0.19.2). Does not cover interleaved pipeline stages, and resuming in the middle of a pass.
     """
     ids = [(7 * i) % 251 for i in range(60)]
     made = {
@@ -25,9 +30,9 @@ def test_every_validation_store_logs_the_loss_of_its_own_samples(world: World) -
     stores = [f"tiny={paths['tiny']}", paths["large"]]
     names = {"tiny": "tiny", "large": "valid-large"}
     layouts = {
-        "DP 2": ("--micro-batch-size", 2),
-        "CP 2": ("--context-parallel-size", 2, "--eval-global-batch-size", 2),
-        "PP 2": ("--pipeline-model-parallel-size", 2),
+        "DP 2": ("--micro-batch-size", 2, "--eval-micro-batch-size", 1),
+        "CP 2": ("--context-parallel-size", 2, *evaluation(micro=2, whole=2)),
+        "PP 2": ("--pipeline-model-parallel-size", 2, *evaluation(micro=3, whole=6)),
     }
     flags = ("--megasft-valid-data", *stores, "--lr", 0)
 

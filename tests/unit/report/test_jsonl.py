@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,27 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FlagError, match=r"--megasft-log-dir .*file/log cannot be made"):
         Jsonl(Setup(folder=tmp_path / "file" / "log"))
+
+
+def test_an_evaluation_that_is_there_is_not_written_again_and_removes_no_step(
+    tmp_path: Path,
+) -> None:
+    """A finished run begun again evaluates its last step; another run evaluates an older one."""
+    run(tmp_path, 1, 2)
+    path = tmp_path / "steps.jsonl"
+    last, older = (2, [1, 2, 2]), (1, [1, 2, 2, 1])
+    for (steps, expected), trains in ((last, True), (last, True), (last, False), (older, False)):
+        sink = Jsonl(Setup(folder=tmp_path, trains=trains))
+        sink.validation(replace(VALIDATION, step=steps))
+        sink.close()
+        assert lines(path) == expected
+    assert not (tmp_path / "steps.jsonl.before").exists()
+
+
+def test_an_evaluation_cuts_off_a_line_without_its_end(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2)
+    with (tmp_path / "steps.jsonl").open("ab") as file:
+        file.write(b'{"steps": 3, "lo')
+    sink = Jsonl(Setup(folder=tmp_path))
+    sink.validation(VALIDATION)
+    assert lines(tmp_path / "steps.jsonl") == [1, 2, VALIDATION.step]

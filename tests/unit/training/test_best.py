@@ -18,6 +18,7 @@ def flags(folder: Path, **changes: Any) -> SimpleNamespace:
         "save": str(folder),
         "save_interval": 100,
         "exit_interval": None,
+        "iteration": 0,
     }
     return SimpleNamespace(**(given | changes))
 
@@ -46,6 +47,7 @@ def test_the_lowest_losses_are_saved_and_named(tmp_path: Path) -> None:
         "set": "all",
         "loss": 1.5,
         "evaluations_since": 0,
+        "evaluations": [[10, 3.0], [20, 2.0], [30, 2.5], [40, 2.0], [50, 1.5]],
     }
     tracker.begin_step()
     assert tracker.args.save_interval == 100
@@ -61,8 +63,28 @@ def test_a_run_ends_when_it_gets_no_better_for_long_enough(tmp_path: Path) -> No
 
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0, 20: 2.1})
-    resumed = BestTracker(flags(tmp_path, megasft_early_stop=2), writes=False)
+    changes = {"megasft_early_stop": 2, "iteration": 20}
+    resumed = BestTracker(flags(tmp_path, **changes), writes=False)
+    assert resumed.kept == {10}, "before it evaluates, too: retention looks at the first step"
     assert decisions(resumed, {30: 2.05, 40: 1.0}) == {30: (False, True)}
+
+
+def test_an_evaluation_of_a_step_that_was_evaluated_changes_nothing(tmp_path: Path) -> None:
+    """As the last one of a finished run that is begun again, whatever it finds."""
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0, 20: 2.1})
+    before = (tmp_path / "best.json").read_bytes()
+    again = BestTracker(flags(tmp_path, megasft_early_stop=2, iteration=20), writes=True)
+    assert decisions(again, {20: 1.0, 10: 0.5}) == {20: (False, False), 10: (False, False)}
+    assert (tmp_path / "best.json").read_bytes() == before
+    assert again.kept == {10}
+
+
+def test_a_run_that_goes_back_knows_the_best_until_there(tmp_path: Path) -> None:
+    """Killed after evaluating step 30, before it was saved; step 20 is the last checkpoint."""
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0, 20: 2.1, 30: 1.5})
+    resumed = BestTracker(flags(tmp_path, megasft_early_stop=2, iteration=20), writes=True)
+    assert resumed.kept == {10}
+    assert decisions(resumed, {30: 1.9}) == {30: (True, False)}, "1.5 is forgotten"
 
 
 @pytest.mark.parametrize("again", [5, 10])
@@ -74,9 +96,42 @@ def test_a_run_begun_again_before_its_best_forgets_it(tmp_path: Path, again: int
 
 def test_another_set_has_a_best_of_its_own(tmp_path: Path) -> None:
     decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0})
-    other = BestTracker(flags(tmp_path, megasft_best="math"), writes=True)
+    other = BestTracker(flags(tmp_path, megasft_best="math", iteration=10), writes=True)
     other.evaluated(20, {"all": 1.0, "math": 7.0})
     assert other.kept == {20}
+
+
+def test_a_loss_that_is_no_number_is_never_the_best_also_when_read_again(tmp_path: Path) -> None:
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: float("nan"), 20: 2.0})
+    resumed = BestTracker(flags(tmp_path, iteration=20), writes=True)
+    assert resumed.kept == {20}
+    assert decisions(resumed, {30: float("nan")}) == {30: (False, False)}
+
+
+@pytest.mark.parametrize(
+    ("patience", "iteration", "is_lost"),
+    [
+        (2, 30, True),
+        (3, 30, False),
+        (1, 20, True),
+        (2, 20, False),
+        (2, 40, False),
+        (None, 30, False),
+    ],
+)
+def test_an_early_stop_has_ended_a_run_at_its_last_evaluation(
+    tmp_path: Path, patience: int | None, iteration: int, is_lost: bool
+) -> None:
+    """More patience, or a checkpoint of another step, and the run goes on."""
+    decisions(BestTracker(flags(tmp_path), writes=True), {10: 2.0, 20: 2.1, 30: 2.2})
+    args = flags(tmp_path, megasft_early_stop=patience)
+    assert best.has_lost_patience(args, iteration=iteration) is is_lost
+
+
+def test_a_best_that_an_older_version_wrote_is_kept(tmp_path: Path) -> None:
+    old = {"iteration": 10, "set": "all", "loss": 2.0, "evaluations_since": 1}
+    (tmp_path / "best.json").write_text(json.dumps(old))
+    assert BestTracker(flags(tmp_path, iteration=20), writes=True).kept == {10}
 
 
 def test_a_run_that_saves_on_no_interval_still_saves_its_best(tmp_path: Path) -> None:

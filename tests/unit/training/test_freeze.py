@@ -85,3 +85,57 @@ def test_a_frozen_embedding_still_starts_a_graph() -> None:
 def test_patterns_without_effect_or_measure_are_refused(patterns: list[str], message: str) -> None:
     with pytest.raises(FlagError, match=message):
         trained(Stage(1), megasft_freeze=patterns)
+
+
+def router(balancing: str = "none") -> Any:
+    """One of Megatron's own routers with a bias per expert, in a model of nothing else."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    bias = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        num_moe_experts=4,
+        moe_router_bias_update_rate=0.5,
+        moe_router_load_balancing_type=balancing,
+        **(bias if balancing == "none" else {}),
+    )
+    world = torch.distributed.group.WORLD
+    groups = ProcessGroupCollection()
+    for name in ("tp", "cp", "tp_cp", "tp_dp_cp", "dp_cp", "expt_tp", "expt_dp"):
+        setattr(groups, name, world)
+    return TopKRouter(config, groups)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "moved"),
+    [
+        ({"megasft_train_only": ["embedding"]}, False),
+        ({"megasft_freeze": [r"router"]}, False),
+        ({"megasft_freeze": ["embedding"]}, True),
+    ],
+)
+def test_the_bias_of_experts_stays_with_a_frozen_router(
+    patterns: dict[str, list[str]], moved: bool
+) -> None:
+    """Mirrors ``_update_router_expert_bias`` (megatron-core 0.19.2), which is called here."""
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+
+    stage = Stage(1)
+    stage.router = router()
+    trained(stage, **patterns)
+    stage.router.local_tokens_per_expert.copy_(torch.tensor([9.0, 0.0, 1.0, 2.0]))
+    _update_router_expert_bias([stage], stage.router.config, torch.distributed.group.WORLD)
+    bias = stage.router.expert_bias.tolist()
+    assert bias == ([-0.5, 0.5, 0.5, 0.5] if moved else [0.0] * 4)
+
+
+def test_a_bias_that_moves_whatever_is_frozen_is_refused() -> None:
+    stage = Stage(1)
+    stage.router = router("quantile_balancing")
+    with pytest.raises(FlagError, match="quantile_balancing moves the routers' bias"):
+        trained(stage, megasft_train_only=["embedding"])
+    trained(stage, megasft_freeze=["embedding"])

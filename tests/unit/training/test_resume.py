@@ -100,3 +100,52 @@ def test_an_empty_tracker_is_named_with_the_checkpoints_there(tmp_path: Path) ->
     (tmp_path / resume.TRACKER).touch()
     with pytest.raises(FlagError, match=r"is empty: .*there: iter_0000003"):
         resume.find(flags(load=str(tmp_path), ckpt_step=None))
+
+
+def lengths(**more: Any) -> Any:
+    """Flags of a run of six steps, before Megatron has filled in what is not given."""
+    given: dict[str, Any] = dict.fromkeys(resume.SCHEDULE)
+    given |= {"lr": 1e-3, "min_lr": 0.0, "lr_decay_style": "cosine", "weight_decay": 0.1}
+    given |= {"train_iters": 6, "train_samples": None, "override_opt_param_scheduler": False}
+    given |= {"use_checkpoint_opt_param_scheduler": False}
+    return flags(**(given | more))
+
+
+@pytest.mark.parametrize(
+    ("ours", "follows"),
+    [
+        ({}, False),
+        ({"train_iters": 9}, True),
+        ({"train_iters": 9, "lr_decay_iters": 6}, True),
+        ({"train_iters": 9, "lr_decay_iters": 9}, False),
+        ({"train_iters": 9, "lr": 2e-3}, False),
+        ({"train_iters": 9, "lr_decay_style": "constant"}, False),
+        ({"train_iters": 9, "finetune": True}, False),
+        ({"train_iters": 9, "no_load_optim": True}, False),
+        ({"train_iters": 9, "use_checkpoint_opt_param_scheduler": True}, False),
+        ({"train_iters": None, "train_samples": 48}, True),
+    ],
+)
+def test_a_run_that_only_gets_longer_follows_the_schedule_of_its_new_length(
+    monkeypatch: pytest.MonkeyPatch, ours: dict[str, Any], follows: bool
+) -> None:
+    filled_in = {"lr_decay_iters": 6, "start_weight_decay": 0.1, "end_weight_decay": 0.1}
+    save(monkeypatch, PLAN, **vars(lengths(**filled_in)))
+    args = lengths(**ours)
+    resume.follow_new_length(args)
+    assert args.override_opt_param_scheduler is follows
+
+
+def test_the_length_of_a_run_counted_in_rows_is_that_in_rows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Megatron fills --train-iters in and saves it; ours is not known before."""
+    save(monkeypatch, PLAN, **vars(lengths(train_samples=48, lr_decay_iters=6)))
+    args = lengths(train_iters=None, train_samples=48)
+    resume.follow_new_length(args)
+    assert not args.override_opt_param_scheduler
+    args.train_samples = 4_800
+    with caplog.at_level("INFO"):
+        resume.follow_new_length(args)
+    assert args.override_opt_param_scheduler
+    assert "the run was 48 rows long and is 4,800 rows now" in caplog.text

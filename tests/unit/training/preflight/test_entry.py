@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +29,6 @@ def stop_before_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = logger.handlers[:], logger.propagate, logger.level
     pretrain_sft.cpu.prepare()
     import megatron.training
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.training.global_vars import destroy_global_vars
 
     def start(*_: Any, **__: Any) -> NoReturn:
         raise StartedError
@@ -36,10 +36,17 @@ def stop_before_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(megatron.training, "pretrain", start)
     monkeypatch.setenv("RANK", "0")
     yield
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    unset_globals()
     logger.handlers[:], logger.propagate = before[0], before[1]
     logger.setLevel(before[2])
+
+
+def unset_globals() -> None:
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
 
 
 def said_by(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -191,3 +198,27 @@ def test_resuming_on_another_store_is_refused_before_anything_starts(
     said = said_by(run_world.flags(load=tmp_path), capsys)
 
     assert "was trained on other rows (checkpoint: store another, this run: store " in said
+
+
+def test_a_second_run_with_the_same_save_is_refused_while_the_first_one_writes(
+    run_world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags = run_world.flags(save=tmp_path / "ckpt", save_interval=5)
+    script = "from megasft.files import only_writer; import pathlib, sys, time\n"
+    script += (
+        "with only_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(99)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "ckpt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        said = said_by(flags, capsys)
+        first.kill()
+    assert f"ckpt is being written by process {first.pid} on " in said
+    unset_globals()
+    with pytest.raises(StartedError):
+        pretrain_sft.main(flags)
+    assert f"process {first.pid} on " in capsys.readouterr().err, "it is taken over"
