@@ -1,21 +1,24 @@
 """Files on disk that stay whole: small ones replaced at once, and folders with one writer.
 
 A writer is named in a file of the folder, which it locks by ``fcntl.lockf``. The kernel frees that
-lock when the process dies, however it dies, also on NFS and over hosts; and unlike ``flock`` no
-process that it forked (a data loader's worker, a checkpoint writer) holds on to it. Where a file
-system has no locks, the name in the file is all there is: it is believed unless it is of a process
-of this host that is gone.
+lock when the process dies, however it dies; and unlike ``flock`` no process that it forked (a data
+loader's worker, a checkpoint writer) holds on to it.
+
+Some file systems have no such locks, or none that other hosts see (Lustre without ``flock``, NFS
+with ``nolock``). So a writer also touches the file every few seconds. Another host's is watched for
+some of these beats before it is believed to be gone, whatever the lock says.
 """
 
 import fcntl
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Final, NamedTuple
 
 import orjson
 import psutil
@@ -23,6 +26,10 @@ import psutil
 from megasft.errors import FlagError
 
 logger = logging.getLogger(__name__)
+
+BEAT_SECONDS: Final = 10.0
+BEATS_WAITED: Final = 3
+"""Of a writer on another host, which may touch its file late."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -58,10 +65,24 @@ class Writer(NamedTuple):
     created: float
 
     @property
-    def is_alive(self) -> bool:
-        """Whether it may still be writing; of another host that cannot be known."""
-        if self.host != socket.gethostname():
-            return True
+    def is_here(self) -> bool:
+        """Whether it is of this host."""
+        return self.host == socket.gethostname()
+
+    def is_alive(self, path: Path) -> bool:
+        """Find out whether it is still writing; of another host that takes some beats.
+
+        Args:
+            path: The file that names it.
+        """
+        if not self.is_here:
+            seen = _touched(path)
+            deadline = time.monotonic() + BEATS_WAITED * BEAT_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(BEAT_SECONDS / 4)
+                if _touched(path) != seen:
+                    return True
+            return False
         try:
             return bool(abs(psutil.Process(self.pid).create_time() - self.created) < 1.0)
         except psutil.NoSuchProcess:
@@ -74,36 +95,71 @@ def only_writer(folder: Path, *, name: str = ".writer.json") -> Iterator[None]:
 
     Args:
         folder: It is made when it is not there.
-        name: Of the file that names the writer; it stays behind, empty.
+        name: Of the file that names the writer, which is empty afterwards.
 
     Raises:
-        FlagError: Another process writes there; it is named.
+        FlagError: Another process writes there, which is named; or the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    with path.open("a+b") as file:
-        is_free: bool | None = True
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            is_free = False
-        except OSError:  # a file system without locks
-            is_free = None
-        before = _read(file)
-        if is_free is None:
-            is_free = before is None or not before.is_alive
-        if not is_free:
-            raise FlagError(_refusal(folder, path, before))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise FlagError(
+            f"{path} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    with file:
+        before = _take(file, folder, path)
         if before is not None:
             logger.info(
                 "%s: process %d on %s, which wrote there since %s, is gone; this one takes over",
                 *(folder, before.pid, before.host, before.started),
             )
         _write(file, orjson.dumps(_this_process()._asdict()))
+        ends = threading.Event()
+        heart = threading.Thread(target=_beat, args=(file.fileno(), ends), daemon=True)
+        heart.start()
         try:
             yield
         finally:
-            _write(file, b"")
+            ends.set()
+            heart.join()
+            with suppress(OSError):  # a full disk must not hide why the run ended
+                _write(file, b"")
+
+
+def _take(file: IO[bytes], folder: Path, path: Path) -> Writer | None:
+    """Lock a file; return the writer it still names, one that is gone.
+
+    Raises:
+        FlagError: Another process has it.
+    """
+    is_held, has_locks = False, True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        is_held = True
+    except OSError:
+        has_locks = False
+    before = _read(file)
+    if not is_held and before is not None and not (has_locks and before.is_here):
+        is_held = before.is_alive(path)
+    if is_held:
+        raise FlagError(_refusal(folder, before))
+    return before
+
+
+def _beat(descriptor: int, ends: threading.Event) -> None:
+    """Touch a file until the writer ends."""
+    while not ends.wait(BEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(descriptor)
+
+
+def _touched(path: Path) -> int:
+    """Return when a file was touched; opened again, since a network file system then asks."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _this_process() -> Writer:
@@ -112,13 +168,13 @@ def _this_process() -> Writer:
     return Writer(socket.gethostname(), os.getpid(), started, created)
 
 
-def _refusal(folder: Path, path: Path, writer: Writer | None) -> str:
+def _refusal(folder: Path, writer: Writer | None) -> str:
     who = "another process"
     if writer is not None:
         who = f"process {writer.pid} on {writer.host}, started {writer.started}"
     return (
         f"{folder} is being written by {who}; wait for it or end it, or give this run a folder of "
-        f"its own. (Should that process be gone and its host out of reach, remove {path})"
+        "its own"
     )
 
 

@@ -55,6 +55,9 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     from megasft.training.report import Report
 
     args: Any = arguments.parse(argv)
+    if saving.is_over(args):  # before anything about the run is checked: nothing will be done
+        saving.end_again(args)
+        return
     if probe is None:
         data = preflight.require(args)
     else:  # hundreds of runs in one process; whoever has a probe chose the flags
@@ -67,36 +70,31 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     if saving.is_over(args):
         saving.end_again(args)
         return
+    saving.check_steps_left(args)
     resume.follow_new_length(args)
     validate_args(args)
     datasets.set_eval_iters(args, data)
     datasets.announce(args, data)
     datasets.check_length(args, data)
-    set_global_variables(args)
-
-    model = model_config(args)
-    batches = GlobalBatches(
-        data.train.plan, seed=args.seed, objective=args.megasft_loss, window=window
-    )
-    keeper = saving.Keeper(args, rank=args.rank)
-    report = Report(args, data, batches, keeper)
-    hooks.install(model.transformer, args, batches, report, probe)
-    config = pretrain_cfg_container_from_args(args, model)
-    keeper.settle_intervals(config.checkpoint)
-    with (
-        saving.only_writer(args),
-        saving.ends_by_signal(args),
-        saving.explains_failed_saves(args),
-        keeper,
-        report,
-    ):
-        pretrain(
-            config,
-            datasets.datasets_provider(args, data),
-            ModelType.encoder_or_decoder,
-            forward_step_func(args, batches, report, probe),
-            non_loss_data_func=report.evaluated,
+    with saving.only_writer(args):
+        set_global_variables(args)
+        model = model_config(args)
+        batches = GlobalBatches(
+            data.train.plan, seed=args.seed, objective=args.megasft_loss, window=window
         )
+        keeper = saving.Keeper(args, rank=args.rank)
+        report = Report(args, data, batches, keeper)
+        hooks.install(model.transformer, args, batches, report, probe)
+        config = pretrain_cfg_container_from_args(args, model)
+        keeper.spare_last_save(config.checkpoint)
+        with saving.ends_by_signal(args), saving.explains_failed_saves(args), keeper, report:
+            pretrain(
+                config,
+                datasets.datasets_provider(args, data),
+                ModelType.encoder_or_decoder,
+                forward_step_func(args, batches, report, probe),
+                non_loss_data_func=report.evaluated,
+            )
 
 
 def configure_logging(*, rank: int) -> None:

@@ -3,12 +3,13 @@
 A line is written with one call and no buffer, so a run that is killed leaves at most one line
 without its end, which the next run cuts off. A run that resumes at step k removes the lines of
 step k and later before it writes its first, because these steps are trained again; what was there
-is kept as ``steps.jsonl.before``, so starting anew in a folder by mistake loses nothing. A run that
-only evaluates (``--skip-train``), maybe an older checkpoint, removes none.
+is kept as ``steps.jsonl.before``, so starting again in a folder by mistake loses nothing. A run
+that only evaluates (``--skip-train``), maybe an older checkpoint, removes none.
 """
 
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,12 +42,7 @@ class Jsonl:
         self._append(as_json(record), first_step=record.step)
 
     def validation(self, record: ValidationRecord) -> None:
-        """Append an evaluation, unless the file has that of the step already.
-
-        It has when a finished run is begun again.
-        """
-        if self.file is None and record.step in _evaluated_steps(self.path):
-            return
+        """Append an evaluation."""
         # That of step k belongs to a run that goes on after step k.
         self._append(as_json(record), first_step=record.step + 1 if self.trains else math.inf)
 
@@ -72,10 +68,19 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.close(file)
 
 
-def _evaluated_steps(path: Path) -> set[float]:
-    """Return the steps whose evaluation a file holds."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return {_step(line) for line in lines if b'"validation":' in line}
+def has_evaluation(folder: Path, *, step: int, names: Collection[str]) -> bool:
+    """Say whether the file of a log folder holds the evaluation of a step.
+
+    Args:
+        folder: Where the file is, if there is one.
+        step: Steps trained before the evaluation.
+        names: Of its validation stores.
+    """
+    path = folder / FILE
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        if b'"validation":' in line and _step(line) == step:
+            return set(orjson.loads(line)["validation"]) == set(names)
+    return False
 
 
 def cut_back(path: Path, *, first_step: float) -> None:
@@ -104,7 +109,7 @@ def _bytes(line: dict[str, Any]) -> bytes:
 
 
 def _step(line: bytes) -> float:
-    """Return the step of a line; one that cannot be read is behind all of them."""
+    """Return the step of a line; one that cannot be read comes after all of them."""
     try:
         return int(orjson.loads(line)["steps"])
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):

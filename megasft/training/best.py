@@ -9,8 +9,8 @@ The list is there for runs that go back: a run killed after an evaluation resume
 checkpoint, and must then know the best one *until there*, which is a checkpoint it may not delete.
 
 Megatron evaluates before it decides to save and to exit, by ``iteration % interval``; so an
-interval of exactly this iteration is how it is told to do either now. All ranks hear the same
-losses and decide alike. Rejected: to save from here, beside Megatron's own saving.
+interval of exactly this iteration makes it do either now. All ranks get the same losses and decide
+alike. Rejected: to save from here, beside Megatron's own saving.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--megasft-early-stop",
         type=int,
         metavar="N",
-        help="end the run behind N evaluations in a row without a new best (with --megasft-best)",
+        help="end the run after N evaluations in a row without a new best (with --megasft-best)",
     )
 
 
@@ -145,8 +145,10 @@ def read_evaluations(folder: Path, *, name: str, until: int) -> list[Evaluation]
         saved = orjson.loads((folder / FILE).read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return []
-    # What an older version wrote names the best evaluation alone.
-    made = saved.get("evaluations", [[saved["iteration"], saved["loss"]]])
+    # What an older version wrote names the best evaluation, and counts those after it.
+    of_best = [saved["iteration"], saved["loss"]]
+    not_better = [[saved["iteration"], None]] * saved["evaluations_since"]
+    made = saved.get("evaluations", [of_best, *not_better])
     # JSON has no nan; it is written as null.
     found = [Evaluation(step, math.nan if loss is None else loss) for step, loss in made]
     return [e for e in found if e.iteration <= until] if saved["set"] == name else []
@@ -195,6 +197,11 @@ class BestTracker:
     def kept(self) -> set[int]:
         """Iterations that retention must leave."""
         return {best_of(self._made).iteration} if self._made else set()
+
+    def kept_until(self, iteration: int) -> set[int]:
+        """Return the best of the evaluations up to a step, as a set."""
+        made = [each for each in self._made if each.iteration <= iteration]
+        return {best_of(made).iteration} if made else set()
 
     def begin_step(self) -> None:
         """Take back what made Megatron save after the last step."""

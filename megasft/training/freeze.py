@@ -86,16 +86,18 @@ class _Frozen(NamedTuple):
         found: Parameters that hold each pattern.
         frozen: Names of frozen parameters, without the numbers of their layers.
         trained: The same of those left to train.
+        has_moving_bias: Whether a frozen router has a bias that moves all the same.
     """
 
     found: dict[str, int]
     frozen: set[str]
     trained: set[str]
+    has_moving_bias: bool
 
 
 def _freeze(chunks: Sequence[Any], patterns: Sequence[str], *, matching: bool) -> _Frozen:
     """Freeze parameters that match one of the patterns, or those that do not."""
-    done = _Frozen(dict.fromkeys(patterns, 0), set(), set())
+    done = _Frozen(dict.fromkeys(patterns, 0), set(), set(), has_moving_bias=False)
     num_trained = num_tensors = 0
     for name, parameter in _named_parameters(chunks):
         hits = [pattern for pattern in patterns if re.search(pattern, name)]
@@ -108,29 +110,26 @@ def _freeze(chunks: Sequence[Any], patterns: Sequence[str], *, matching: bool) -
         num_tensors, num_trained = num_tensors + 1, num_trained + (not is_frozen)
     logger.info("rank 0 trains %d of its %d parameter tensors", num_trained, num_tensors)
     for chunk in chunks:
-        _freeze_biases_of_routers(chunk)
+        done = done._replace(
+            has_moving_bias=_freeze_biases_of_routers(chunk) or done.has_moving_bias
+        )
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and not any(p.requires_grad for p in embedding.parameters()):
             embedding.register_forward_hook(_need_gradient)
     return done
 
 
-def _freeze_biases_of_routers(chunk: Any) -> None:
+def _freeze_biases_of_routers(chunk: Any) -> bool:
     """Keep the bias per expert of each router whose weight is frozen.
 
-    Raises:
-        FlagError: Quantile balancing moves its bias whatever is frozen.
+    Returns:
+        Whether one of them has the bias of quantile balancing, which moves whatever is frozen.
     """
-    for router in chunk.modules():
-        if not hasattr(router, "frozen_expert_bias") or router.weight.requires_grad:
-            continue
+    routers = (module for module in chunk.modules() if hasattr(module, "frozen_expert_bias"))
+    frozen = [router for router in routers if not router.weight.requires_grad]
+    for router in frozen:
         router.frozen_expert_bias = True
-        if getattr(router, "qb_beta", None) is not None:
-            raise FlagError(
-                "--moe-router-load-balancing-type quantile_balancing moves the routers' bias after "
-                "each step, also where --megasft-freeze or --megasft-train-only freezes them; "
-                "train the routers ('router'), or choose another type"
-            )
+    return any(getattr(router, "qb_beta", None) is not None for router in frozen)
 
 
 def _named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -171,7 +170,8 @@ def _require_effect(ranks: Sequence[_Frozen]) -> None:
     """Check patterns over all ranks.
 
     Raises:
-        FlagError: A pattern matches nothing on any rank, or nothing is left to train on one.
+        FlagError: A pattern matches nothing on any rank, nothing is left to train on one, or a
+            frozen router would change.
     """
     without = [p for p in ranks[0].found if not any(rank.found[p] for rank in ranks)]
     if without:
@@ -179,6 +179,12 @@ def _require_effect(ranks: Sequence[_Frozen]) -> None:
             f"no parameter's name holds {', '.join(map(repr, without))}; names are like "
             "'embedding.word_embeddings.weight', 'decoder.layers.0.mlp.linear_fc1.weight', "
             "'decoder.layers.0.self_attention.linear_qkv.weight', 'output_layer.weight'"
+        )
+    if any(rank.has_moving_bias for rank in ranks):
+        raise FlagError(
+            "--moe-router-load-balancing-type quantile_balancing moves the routers' bias after "
+            "each step, also where --megasft-freeze or --megasft-train-only freezes them; train "
+            "the routers ('router'), or choose another type"
         )
     if not all(rank.trained for rank in ranks):
         raise FlagError(

@@ -1,6 +1,6 @@
 """What a run reports of each step and evaluation: gathers it, reduces it once, hands it to sinks.
 
-The road of a step: micro-batches add their losses to a table on the device (last pipeline stage,
+The path of a step: micro-batches add their losses to a table on the device (last pipeline stage,
 one rank of each tensor-parallel group); ``finalize_model_grads`` is where all ranks meet, and one
 all-reduce over all of them sums the table, so that rank 0 has it on any layout; the record is made
 when the optimizer has stepped, which is the last that is known of a step, and written at once. So
@@ -22,6 +22,7 @@ from megasft import cpu
 from megasft.loss.breakdown import COLUMNS, Breakdown
 from megasft.loss.per_sample import SAMPLE_COLUMNS
 from megasft.report.devices import peak_tflops
+from megasft.report.jsonl import has_evaluation
 from megasft.report.record import Losses, Speed, StepRecord, ValidationRecord, losses_of
 from megasft.report.sink import Setup, Sink
 from megasft.report.sinks import SINKS
@@ -48,7 +49,7 @@ class Report:
         args: Megatron's flags.
         data: Stores and plans of the run.
         batches: What the row plan knows of each global batch.
-        keeper: Hears of each evaluation.
+        keeper: Follows each evaluation.
     """
 
     def __init__(self, args: Any, data: RunData, batches: GlobalBatches, keeper: Keeper) -> None:
@@ -112,7 +113,7 @@ class Report:
         """
         sums, _ = self._sum_of_ranks("valid")
         table, slots = sums.tolist(), self._tables["valid"].sets
-        # Without a step, as when a finished run is begun again, it is that of the checkpoint.
+        # Without a step, as when a finished run is started again, it is that of the checkpoint.
         step = int(self.args.iteration if self._last_step is None else self._last_step)
         if not self.args.megasft_no_audit:
             self._audit_evaluation(step, table)
@@ -123,8 +124,17 @@ class Report:
             for n, name in enumerate(self.valid_names)
         }
         self.keeper.evaluated(step, loss_of_each(sets, objective=self.args.megasft_loss))
+        if self._is_reported(step):
+            return
         record = ValidationRecord(step, sets, time.time())
         self._write(lambda sink: sink.validation(record))
+
+    def _is_reported(self, step: int) -> bool:
+        """Say whether an earlier process reported the evaluation of a checkpoint's step."""
+        folder = log_folder(self.args)
+        if self._last_step is not None or self.args.skip_train or folder is None:
+            return False
+        return has_evaluation(folder, step=step, names=self.valid_names)
 
     def __enter__(self) -> Self:
         """Open what is written to: a rank that cannot must not leave others in a collective."""
@@ -211,7 +221,7 @@ class Report:
         return self._tables[which]
 
     def _sum_of_ranks(self, which: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sums of all ranks, by slot and by sample, and begin anew.
+        """Return the sums of all ranks, by slot and by sample, and start again.
 
         All ranks take part: those of other pipeline stages bring zeros, and rank 0 is on the first.
         """

@@ -29,6 +29,9 @@ SCHEDULE: Final = (
 )
 """Flags that the learning-rate schedule is made of, but for the length of the run."""
 
+FILLED_IN: Final = ("start_weight_decay", "end_weight_decay")
+"""Those of them that Megatron takes from --weight-decay."""
+
 KINDS: Final = {
     "plan version": r"plan version ",
     "store": r"store ",
@@ -67,7 +70,7 @@ def check(args: Any, plan_identity: str) -> None:
         f"--load {args.load} was trained on other rows ({differences(saved, plan_identity)}), so "
         "its position means nothing here; use the same stores, --megasft-mixture, "
         "--megasft-packer, --megasft-packings, --megasft-cost-window, --seq-length, --seed and "
-        "--megasft-align-tokens, or start anew from its weights with --finetune"
+        "--megasft-align-tokens, or start again from its weights with --finetune"
     )
 
 
@@ -103,7 +106,7 @@ def _check_optimizer(args: Any) -> None:
         "--use-distributed-optimizer (it asserts that torch's Adam has a step count already)"
     )
     if find(args) is not None and not (args.finetune or args.no_load_optim):
-        raise FlagError(f"{fact}; drop the flag, or pass --no-load-optim to start it anew")
+        raise FlagError(f"{fact}; drop the flag, or pass --no-load-optim to start it again")
     if args.save:
         logger.warning("%s; a run saved to %s will not resume with its moments", fact, args.save)
 
@@ -116,7 +119,7 @@ def _check_form_of_moments(args: Any, saved: Any) -> None:
         raise FlagError(
             f"--load {args.load} was saved with --use-distributed-optimizer, and without the flag "
             "Megatron 0.19 does not find its moments; add the flag, or pass --no-load-optim to "
-            "start them anew"
+            "start them again"
         )
 
 
@@ -132,7 +135,8 @@ def follow_new_length(args: Any) -> None:
     """
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    state = None if args.finetune or args.no_load_optim else _saved_state(args)
+    starts_again = args.finetune or args.no_load_optim or args.skip_train
+    state = None if starts_again else _saved_state(args)
     if state is None or identity_in(state) is None:
         return
     saved = state["args"]
@@ -142,9 +146,7 @@ def follow_new_length(args: Any) -> None:
     )
     # Megatron fills train_iters in from train_samples before it saves.
     is_other_length = before[1:] != now[1:] if now[1] else before != now
-    # What is not given follows from the rest, and Megatron saves it filled in.
-    given = [name for name in SCHEDULE if getattr(args, name) is not None]
-    if not is_other_length or any(getattr(saved, n, None) != getattr(args, n) for n in given):
+    if not is_other_length or not all(_is_same(saved, args, name) for name in SCHEDULE):
         return
     args.override_opt_param_scheduler = True
     logger.info(
@@ -153,6 +155,19 @@ def follow_new_length(args: Any) -> None:
         "old one)",
         *(_length(*before), _length(*now)),
     )
+
+
+def _is_same(saved: Any, args: Any, name: str) -> bool:
+    """Compare a flag with that of a checkpoint, where Megatron saves it filled in."""
+    value = getattr(args, name)
+    if value is None:
+        value = getattr(args, "weight_decay" if name in FILLED_IN else name)
+    before = getattr(saved, name, None)
+    if name == "lr_decay_iters" and value is None:
+        return before in (None, saved.train_iters)
+    if name == "lr_decay_samples" and value is None:
+        return before in (None, saved.train_samples)
+    return bool(before == value)
 
 
 def _length(iterations: int | None, rows: int | None) -> str:

@@ -62,10 +62,11 @@ class Retention:
     Args:
         folder: Megatron's ``--save``.
         keep_last: Newest whole checkpoints that stay.
+        foreign: Iterations that another run saved there; they stay, too.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, *, keep_last: int, foreign: Collection[int] = ()) -> None:
+        self.folder, self.keep_last, self.foreign = folder, keep_last, foreign
         self._seen = 0
         self._deleting: list[threading.Thread] = []
 
@@ -85,7 +86,9 @@ class Retention:
             for doomed in self.folder.glob(f"{_DOOMED}*"):
                 self._remove(doomed)
         self._seen = changed
-        for iteration in superfluous(self.folder, keep_last=self.keep_last, keep=keep):
+        for iteration in superfluous(
+            self.folder, keep_last=self.keep_last, keep={*keep, *self.foreign}
+        ):
             self._delete(checkpoint_folder(self.folder, iteration))
 
     def wait(self) -> None:

@@ -68,7 +68,7 @@ def only_writer(args: Any) -> Iterator[None]:
     """
     saves = [Path(args.save)] if args.save and not args.skip_train else []
     log = log_folder(args)
-    folders = dict.fromkeys([*saves, *([] if log is None else [log])])
+    folders = dict.fromkeys(folder.resolve() for folder in (*saves, log) if folder is not None)
     with ExitStack() as stack:
         for folder in folders if args.rank == 0 else ():
             stack.enter_context(files.only_writer(folder))
@@ -160,7 +160,7 @@ def is_over(args: Any) -> bool:
 
 
 def end_again(args: Any) -> None:
-    """Say that a run is over, and mark it as complete where its own end did not come to that."""
+    """Say that a run is over, and mark it as complete where the process that ended it did not."""
     checkpoint = _own_checkpoint(args)
     assert checkpoint is not None, "the run is over"
     if args.rank == 0:
@@ -175,7 +175,7 @@ def end_again(args: Any) -> None:
 
 def _own_checkpoint(args: Any) -> Path | None:
     """Return the checkpoint of this very run that it goes on from, if there is one."""
-    if not (args.load and args.save) or args.finetune or args.skip_train:
+    if not (args.load and args.save) or args.finetune or args.skip_train or args.ckpt_step:
         return None
     if Path(args.load).resolve() != Path(args.save).resolve():
         return None
@@ -185,10 +185,38 @@ def _own_checkpoint(args: Any) -> Path | None:
 
 def _is_last(args: Any, checkpoint: Path) -> bool:
     """Say whether no step is left to train after a checkpoint."""
-    if args.train_samples is None:
-        return args.train_iters is not None and iteration_of(checkpoint) >= args.train_iters
+    steps = args.train_iters
+    if args.train_samples is not None and args.step_batch_size_schedule:
+        consumed = resume.read_state(checkpoint)["args"].consumed_train_samples
+        return bool(consumed >= args.train_samples)
+    if args.train_samples is not None and args.global_batch_size:
+        steps = args.train_samples // args.global_batch_size  # as Megatron rounds it
+    return steps is not None and iteration_of(checkpoint) >= steps
+
+
+def check_steps_left(args: Any) -> None:
+    """Refuse a run that would end at once, though it has not trained the rows of its length.
+
+    Megatron counts steps, so a run that goes on with larger global batches may have passed the
+    number of its last step while most of an epoch is still to be trained.
+
+    Raises:
+        FlagError: With the rows trained and wanted, and the remedy.
+    """
+    checkpoint = _own_checkpoint(args)
+    if checkpoint is None or args.step_batch_size_schedule or not _is_last(args, checkpoint):
+        return
     saved = resume.read_state(checkpoint)["args"]
-    return bool(saved.consumed_train_samples >= args.train_samples)
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    wanted = steps * (args.global_batch_size or 0)
+    if saved.consumed_train_samples >= wanted:
+        return
+    raise FlagError(
+        f"{checkpoint} has trained {saved.consumed_train_samples:,} rows in "
+        f"{iteration_of(checkpoint):,} steps of {saved.global_batch_size:,}, and this run is "
+        f"{steps:,} steps of {args.global_batch_size:,} long, which are {wanted:,} rows; Megatron "
+        "counts steps, so it would end at once. Give the step it shall end at, --train-iters N"
+    )
 
 
 def _completed(folder: Path) -> int | None:
@@ -220,15 +248,19 @@ class Keeper:
         self.args = args
         saves, is_first = args.save and not args.skip_train, rank == 0
         self.folder = Path(args.save) if saves and is_first else None
-        self._has_stepped = False
+        self._has_stepped, self._evaluated_step = False, -1
         self.best = None
         if saves and args.megasft_best is not None:
             self.best = BestTracker(args, writes=is_first)
         self.retention = None
         if self.folder is not None and args.megasft_keep_last is not None:
-            self.retention = Retention(self.folder, keep_last=args.megasft_keep_last)
+            # A run that does not go on from what is in its folder is another one than made it.
+            foreign = () if _own_checkpoint(args) else whole_checkpoints(self.folder)
+            self.retention = Retention(
+                self.folder, keep_last=args.megasft_keep_last, foreign=foreign
+            )
 
-    def settle_intervals(self, settings: Any) -> None:
+    def spare_last_save(self, settings: Any) -> None:
         """Keep Megatron from writing its last checkpoint a second time at the end of a run.
 
         It does so unless the interval it began with divides the last step, and a kill meanwhile
@@ -252,6 +284,7 @@ class Keeper:
 
     def evaluated(self, iteration: int, losses: Mapping[str, float]) -> None:
         """Follow an evaluation: the loss of each validation store, and of all together."""
+        self._evaluated_step = iteration
         if self.best is not None:
             self.best.evaluated(iteration, losses)
 
@@ -262,14 +295,27 @@ class Keeper:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Mark a complete run, delete what its last checkpoint has made superfluous."""
-        has_ended = self.best is not None and self.best.has_ended_run
-        if self.folder is not None and (error is None or has_ended):
+        if self.folder is not None and self._is_complete(self.folder, error):
             mark_complete(self.folder)
-        if self._has_stepped:  # else it is not known what was the best until here
+        if self._has_stepped or error is None:  # else it is not known what was the best until here
             self._delete()
         if self.retention is not None:
             self.retention.wait()
 
+    def _is_complete(self, folder: Path, error: BaseException | None) -> bool:
+        """Say whether a run is complete: it trained, saved and evaluated all that it should."""
+        if error is not None:
+            has_ended = self.best is not None and self.best.has_ended_run
+            return has_ended and isinstance(error, SystemExit)
+        # --exit-duration-in-mins may end it in its last evaluation.
+        return not self.args.eval_iters or self._evaluated_step in whole_checkpoints(folder)[-1:]
+
     def _delete(self) -> None:
-        if self.retention is not None:
-            self.retention.look(keep=set() if self.best is None else self.best.kept)
+        if self.retention is None:
+            return
+        kept: set[int] = set()
+        if self.best is not None:
+            # While an asynchronous save of a new best is under way, the one before is the best.
+            whole = whole_checkpoints(self.retention.folder)
+            kept = self.best.kept | (self.best.kept_until(whole[-1]) if whole else set())
+        self.retention.look(keep=kept)

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +18,7 @@ from typing import NoReturn
 import psutil
 import pytest
 
+from megasft import files
 from megasft.errors import FlagError
 from megasft.files import only_writer, write_whole
 
@@ -40,7 +43,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_writer_is_told_who_the_first_is(
+def test_a_second_writer_is_refused_and_the_first_is_named(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     with pytest.raises(FlagError) as caught, only_writer(tmp_path):
@@ -83,28 +86,38 @@ def test_a_process_that_the_writer_forked_does_not_hold_on_to_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("host", "pid", "created", "is_free"),
+    ("host", "pid", "created", "has_locks", "is_free"),
     [
-        ("here", "mine", "mine", False),
-        ("here", "mine", "earlier", True),
-        ("here", "gone", "mine", True),
-        ("elsewhere", "gone", "mine", False),
+        ("here", "mine", "mine", False, False),
+        ("here", "mine", "earlier", False, True),
+        ("here", "gone", "mine", False, True),
+        ("elsewhere", "gone", "mine", False, True),
+        ("elsewhere", "beating", "mine", False, False),
+        ("elsewhere", "gone", "mine", True, True),
+        ("elsewhere", "beating", "mine", True, False),
     ],
 )
-def test_without_locks_the_name_is_believed_unless_that_process_is_gone(
+def test_where_locks_do_not_tell_a_process_is_looked_for_and_another_host_is_watched(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     host: str,
     pid: str,
     created: str,
+    has_locks: bool,
     is_free: bool,
 ) -> None:
-    """A process number is used again, so the time it was made at counts."""
+    """A process number is used again, so the time it was made at counts.
+
+    A lock that is granted says nothing of a writer on another host, where a file system locks for
+    each host alone.
+    """
 
     def no_locks(*_: object) -> NoReturn:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(files, "BEAT_SECONDS", 0.1)
     made = psutil.Process().create_time() - (3600 if created == "earlier" else 0)
     writer = {
         "host": socket.gethostname() if host == "here" else host,
@@ -112,16 +125,42 @@ def test_without_locks_the_name_is_believed_unless_that_process_is_gone(
         "started": "at noon",
         "created": made,
     }
-    (tmp_path / ".writer.json").write_text(json.dumps(writer))
-    if is_free:
-        with only_writer(tmp_path):
-            pass
-        assert (tmp_path / ".writer.json").read_text() == ""
-        return
-    refusal = r"started at noon; .*out of reach, remove .*writer\.json"
-    with pytest.raises(FlagError, match=refusal), only_writer(tmp_path):
+    path = tmp_path / ".writer.json"
+    path.write_text(json.dumps(writer))
+    ends = threading.Event()
+    with path.open("ab") as file:
+        heart = threading.Thread(target=files._beat, args=(file.fileno(), ends))
+        if pid == "beating":
+            heart.start()
+        if is_free:
+            with only_writer(tmp_path):
+                pass
+            assert path.read_text() == ""
+        else:
+            with pytest.raises(FlagError, match="started at noon; wait"), only_writer(tmp_path):
+                pass
+            assert json.loads(path.read_text()) == writer
+        ends.set()
+        if pid == "beating":
+            heart.join()
+
+
+def test_a_writer_touches_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BEAT_SECONDS", 0.02)
+    path = tmp_path / ".writer.json"
+    with only_writer(tmp_path):
+        before, deadline = path.stat().st_mtime_ns, time.monotonic() + 20
+        while path.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert json.loads(path.read_text())["pid"] == os.getpid(), "and leaves its content"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = r"file/ckpt/\.writer\.json cannot be written \(.*; name"
+    with pytest.raises(FlagError, match=message), only_writer(tmp_path / "file" / "ckpt"):
         pass
-    assert json.loads((tmp_path / ".writer.json").read_text()) == writer
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megasft.errors import FlagError
-from megasft.report.jsonl import Jsonl
+from megasft.report.jsonl import Jsonl, has_evaluation
 from megasft.report.sink import Setup
 
 from .records import VALIDATION, step
@@ -72,19 +72,29 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         Jsonl(Setup(folder=tmp_path / "file" / "log"))
 
 
-def test_an_evaluation_that_is_there_is_not_written_again_and_removes_no_step(
-    tmp_path: Path,
-) -> None:
-    """A finished run begun again evaluates its last step; another run evaluates an older one."""
-    run(tmp_path, 1, 2)
-    path = tmp_path / "steps.jsonl"
-    last, older = (2, [1, 2, 2]), (1, [1, 2, 2, 1])
-    for (steps, expected), trains in ((last, True), (last, True), (last, False), (older, False)):
-        sink = Jsonl(Setup(folder=tmp_path, trains=trains))
+def test_a_run_that_only_evaluates_removes_no_step(tmp_path: Path) -> None:
+    """Maybe it evaluates an older checkpoint."""
+    run(tmp_path, 1, 2, 3)
+    for steps, expected in ((2, [1, 2, 3, 2]), (1, [1, 2, 3, 2, 1])):
+        sink = Jsonl(Setup(folder=tmp_path, trains=False))
         sink.validation(replace(VALIDATION, step=steps))
         sink.close()
-        assert lines(path) == expected
+        assert lines(tmp_path / "steps.jsonl") == expected
     assert not (tmp_path / "steps.jsonl.before").exists()
+
+
+def test_an_evaluation_is_found_by_its_step_and_its_stores(tmp_path: Path) -> None:
+    names = tuple(VALIDATION.sets)
+    assert not has_evaluation(tmp_path, step=2, names=names)
+    run(tmp_path, 1, 2)
+    sink = Jsonl(Setup(folder=tmp_path))
+    sink.validation(replace(VALIDATION, step=2))
+    with (tmp_path / "steps.jsonl").open("ab") as file:
+        file.write(b'{"steps": 3, "validation": {"no')
+    assert has_evaluation(tmp_path, step=2, names=names)
+    assert not has_evaluation(tmp_path, step=1, names=names), "it was trained, not evaluated"
+    assert not has_evaluation(tmp_path, step=3, names=names), "a line without its end"
+    assert not has_evaluation(tmp_path, step=2, names=[*names, "more"])
 
 
 def test_an_evaluation_cuts_off_a_line_without_its_end(tmp_path: Path) -> None:

@@ -131,7 +131,10 @@ def test_an_early_stop_has_ended_a_run_at_its_last_evaluation(
 def test_a_best_that_an_older_version_wrote_is_kept(tmp_path: Path) -> None:
     old = {"iteration": 10, "set": "all", "loss": 2.0, "evaluations_since": 1}
     (tmp_path / "best.json").write_text(json.dumps(old))
-    assert BestTracker(flags(tmp_path, iteration=20), writes=True).kept == {10}
+    stopped = flags(tmp_path, megasft_early_stop=2, iteration=20)
+    tracker = BestTracker(stopped, writes=True)
+    assert tracker.kept == {10}
+    assert decisions(tracker, {30: 2.5}) == {30: (False, True)}, "the second that was not better"
 
 
 def test_a_run_that_saves_on_no_interval_still_saves_its_best(tmp_path: Path) -> None:
@@ -169,3 +172,10 @@ def test_what_has_no_effect_is_refused(
     with pytest.raises(FlagError, match=message):
         best.check(flags(Path("x"), **changes), names)
     best.check(flags(Path("x"), megasft_best=None), [])
+
+
+def test_the_best_before_stays_known_while_a_new_one_is_being_saved(tmp_path: Path) -> None:
+    tracker = BestTracker(flags(tmp_path), writes=True)
+    decisions(tracker, {10: 2.0, 20: 2.1, 30: 1.5})
+    found = {until: tracker.kept_until(until) for until in (5, 10, 29, 30)}
+    assert found == {5: set(), 10: {10}, 29: {10}, 30: {30}}

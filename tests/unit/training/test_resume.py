@@ -102,12 +102,16 @@ def test_an_empty_tracker_is_named_with_the_checkpoints_there(tmp_path: Path) ->
         resume.find(flags(load=str(tmp_path), ckpt_step=None))
 
 
+FILLED_IN = {"lr_decay_iters": 6, "start_weight_decay": 0.1, "end_weight_decay": 0.1}
+"""What Megatron saves of a run that did not give them."""
+
+
 def lengths(**more: Any) -> Any:
     """Flags of a run of six steps, before Megatron has filled in what is not given."""
     given: dict[str, Any] = dict.fromkeys(resume.SCHEDULE)
     given |= {"lr": 1e-3, "min_lr": 0.0, "lr_decay_style": "cosine", "weight_decay": 0.1}
     given |= {"train_iters": 6, "train_samples": None, "override_opt_param_scheduler": False}
-    given |= {"use_checkpoint_opt_param_scheduler": False}
+    given |= {"use_checkpoint_opt_param_scheduler": False, "skip_train": False}
     return flags(**(given | more))
 
 
@@ -121,6 +125,8 @@ def lengths(**more: Any) -> Any:
         ({"train_iters": 9, "lr": 2e-3}, False),
         ({"train_iters": 9, "lr_decay_style": "constant"}, False),
         ({"train_iters": 9, "finetune": True}, False),
+        ({"train_iters": 9, "skip_train": True}, False),
+        ({"train_iters": 9, "weight_decay": 0.2}, False),
         ({"train_iters": 9, "no_load_optim": True}, False),
         ({"train_iters": 9, "use_checkpoint_opt_param_scheduler": True}, False),
         ({"train_iters": None, "train_samples": 48}, True),
@@ -129,18 +135,29 @@ def lengths(**more: Any) -> Any:
 def test_a_run_that_only_gets_longer_follows_the_schedule_of_its_new_length(
     monkeypatch: pytest.MonkeyPatch, ours: dict[str, Any], follows: bool
 ) -> None:
-    filled_in = {"lr_decay_iters": 6, "start_weight_decay": 0.1, "end_weight_decay": 0.1}
-    save(monkeypatch, PLAN, **vars(lengths(**filled_in)))
+    save(monkeypatch, PLAN, **vars(lengths(**FILLED_IN)))
     args = lengths(**ours)
     resume.follow_new_length(args)
     assert args.override_opt_param_scheduler is follows
+
+
+@pytest.mark.parametrize("dropped", [{"lr_decay_iters": 4}, {"lr_warmup_fraction": 0.1}])
+def test_a_run_that_drops_a_flag_of_its_schedule_is_left_to_megatron(
+    monkeypatch: pytest.MonkeyPatch, dropped: dict[str, Any]
+) -> None:
+    """Its schedule would change by more than its length."""
+    decay = {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
+    save(monkeypatch, PLAN, **vars(lengths(**decay | {"lr_decay_iters": 6} | dropped)))
+    args = lengths(train_iters=9)
+    resume.follow_new_length(args)
+    assert not args.override_opt_param_scheduler
 
 
 def test_the_length_of_a_run_counted_in_rows_is_that_in_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Megatron fills --train-iters in and saves it; ours is not known before."""
-    save(monkeypatch, PLAN, **vars(lengths(train_samples=48, lr_decay_iters=6)))
+    save(monkeypatch, PLAN, **vars(lengths(train_samples=48, **FILLED_IN)))
     args = lengths(train_iters=None, train_samples=48)
     resume.follow_new_length(args)
     assert not args.override_opt_param_scheduler
