@@ -8,7 +8,12 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megasft.attention.backend import BACKENDS
-from megasft.attention.core_attention import PackedCoreAttention, packed_row, sliding_window
+from megasft.attention.core_attention import (
+    PackedCoreAttention,
+    PackedRow,
+    packed_row,
+    sliding_window,
+)
 from megasft.errors import FlagError
 
 
@@ -21,6 +26,11 @@ def core_attention(settings: TransformerConfig, **more: Any) -> PackedCoreAttent
     groups = SimpleNamespace(cp=None)
     arguments = {"layer_number": 1, "attn_mask_type": None, "attention_type": "self"}
     return PackedCoreAttention(settings, **(arguments | {"pg_collection": groups} | more))
+
+
+def one_document(tokens: int) -> PackedRow:
+    borders = torch.tensor([0, tokens], dtype=torch.int32)
+    return packed_row(borders, device=torch.device("cpu"), cp_rank=0, cp_size=1)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +68,16 @@ def test_windows_are_megatrons_layer_by_layer() -> None:
     listed = config(**windowed, window_attn_skip_freq=[0, 1])
     assert [sliding_window(listed, layer) for layer in (1, 2)] == [None, 127]
     assert sliding_window(config(window_size=(-1, 0)), 1) is None
+    assert sliding_window(config(window_size=(0, 0)), 1) == 0, "itself alone, and not everything"
 
 
+@pytest.mark.parametrize("left", [0, 2])
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_a_layers_window_reaches_the_backend(backend: str) -> None:
+def test_a_layers_window_reaches_the_backend(backend: str, left: int) -> None:
     query, key, value = torch.randn(3, 16, 4, 8, generator=torch.Generator().manual_seed(0))
     borders = torch.tensor([0, 4, 16], dtype=torch.int32)
     row = packed_row(borders, device=torch.device("cpu"), cp_rank=0, cp_size=1)
-    layer = core_attention(config(window_size=(2, 0)), backend=backend)
+    layer = core_attention(config(window_size=(left, 0)), backend=backend)
     before = layer(query, key, value, packed_seq_params=row)
     value[6] += 1.0
 
@@ -73,20 +85,28 @@ def test_a_layers_window_reaches_the_backend(backend: str) -> None:
 
     assert before.shape == (16, 4 * 8)
     changed = (before != after).any(dim=1).nonzero().flatten().tolist()
-    assert changed == [6, 7, 8]
+    assert changed == [6, 7, 8][: 1 + left]
+
+
+def test_scores_are_divided_by_the_root_of_the_head_size_that_the_model_says() -> None:
+    """As Megatron's own attention does; 16 is not ``hidden_size / num_attention_heads``."""
+    query, key, value = torch.randn(3, 8, 4, 16, generator=torch.Generator().manual_seed(0))
+    layer = core_attention(config(kv_channels=16))
+
+    context = layer(query, key, value, packed_seq_params=one_document(8))
+
+    probs = torch.softmax(query[7, 3] @ key[:, 3].T / 4, dim=-1)
+    torch.testing.assert_close(context.view(8, 4, 16)[7, 3], probs @ value[:, 3])
 
 
 def test_multi_latent_attention_brings_its_scale_and_two_head_sizes() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 8, 4, 24, generator=generator)
     value = torch.randn(8, 4, 16, generator=generator)
-    row = packed_row(
-        torch.tensor([0, 8], dtype=torch.int32), device=torch.device("cpu"), cp_rank=0, cp_size=1
-    )
     # As MultiLatentAttention builds it (megatron-core 0.19.2).
     layer = core_attention(config(), softmax_scale=0.1, k_channels=24, v_channels=16)
 
-    context = layer(query, key, value, packed_seq_params=row)
+    context = layer(query, key, value, packed_seq_params=one_document(8))
 
     probs = torch.softmax(query[7, 3] @ key[:, 3].T * 0.1, dim=-1)
     torch.testing.assert_close(context.view(8, 4, 16)[7, 3], probs @ value[:, 3])
