@@ -7,6 +7,7 @@ import orjson
 import pytest
 
 from checkpoint_convert.config_map import read_model
+from checkpoint_convert.families import read_rope
 from megasft.errors import ConversionError
 from megasft.training import rope
 from tests.unit.checkpoint_convert.published import (
@@ -53,6 +54,14 @@ def test_our_flag_says_what_the_configuration_says(
     assert name == rope.FLAG
     found = rope.parse(text)
     assert {"rope_type": found.rope_type, **found.values} == scaling
+
+
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_transformers_4_keeps_the_base_beside_the_scaling(kind: str) -> None:
+    """Its ``to_dict`` leaves both where ``config.json`` has them; release 5 moves them together."""
+    scaling = None if kind == "default" else {"rope_type": "linear", "factor": 2.0}
+    found = read_rope({"rope_theta": 500000.0, "rope_scaling": scaling}, Path("config.json"))
+    assert found == (kind, 500000, {} if scaling is None else {"factor": 2.0})
 
 
 def test_what_stands_for_absent_is_left_out(tmp_path: Path) -> None:

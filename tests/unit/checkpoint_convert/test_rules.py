@@ -1,8 +1,12 @@
 """Rules on literal tensors one can check by eye."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from checkpoint_convert.config_map import read_model
 from checkpoint_convert.rules import (
     GATED,
     QKV,
@@ -14,7 +18,9 @@ from checkpoint_convert.rules import (
     same_bits,
     split,
 )
+from checkpoint_convert.tensor_map import to_megatron
 from megasft.errors import ConversionError
+from tests.unit.checkpoint_convert.tiny_models import save
 
 # Four heads in two groups, one number per head: head h of Q is 1h, of K 2h, of V 3h.
 HEADS = Heads(num_heads=4, num_groups=2, head_dim=1)
@@ -99,3 +105,48 @@ def test_the_rule_of_one_layer_still_has_an_expert_axis() -> None:
     )
     assert rule.is_per_expert and rule.at(1).is_per_expert
     assert rule.at(1).hf_names(expert=4) == ("model.layers.1.experts.4.down",)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "wanted"),
+    [
+        (
+            "qwen3",
+            {"embed_tokens": 1, "lm_head": 2, "model.norm": 3, "q_norm": 4, "k_norm": 5}
+            | {"input_layernorm": 6, "post_attention_layernorm": 7, "gate_proj": 8, "up_proj": 9},
+            {"word_embeddings.weight": [1], "output_layer.weight": [2]}
+            | {"final_layernorm.weight": [3], "q_layernorm.weight": [4], "k_layernorm.weight": [5]}
+            | {"linear_qkv.layer_norm_weight": [6], "linear_fc1.layer_norm_weight": [7]}
+            | {"linear_fc1.weight": [8, 9]},
+        ),
+        (
+            "mixtral",
+            {"input_layernorm": 1, "post_attention_layernorm": 2, ".w1.": 3, ".w3.": 4, ".w2.": 5},
+            {"linear_qkv.layer_norm_weight": [1], "pre_mlp_layernorm.weight": [2]}
+            | {"experts.linear_fc1.weight": [3, 4], "experts.linear_fc2.weight": [5]},
+        ),
+        (
+            "qwen2_moe",
+            {"shared_expert.gate_proj": 1, "shared_expert.up_proj": 2, "post_attention_": 3}
+            | {".0.gate_proj": 4, ".0.up_proj": 5},
+            {"shared_experts.linear_fc1.weight": [1, 2], "pre_mlp_layernorm.weight": [3]}
+            | {"experts.experts.linear_fc1.weight": [4, 5]},
+        ),
+    ],
+)
+def test_tensors_of_one_shape_go_where_megatron_looks_for_them(
+    name: str, numbers: dict[str, int], wanted: dict[str, list[int]], tmp_path: Path
+) -> None:
+    """A pair swapped both ways comes back bit by bit, and computes something else."""
+    hf = save(name, tmp_path / "hf")
+    tensors = {
+        key: torch.zeros_like(tensor) for key, tensor in load_file(hf / "model.safetensors").items()
+    }
+    for key, tensor in tensors.items():
+        tensor.fill_(next((number for part, number in numbers.items() if part in key), 0))
+    found = {}
+    for piece, data in to_megatron(tensors, read_model(hf), verify=True):
+        if data.any():
+            (end,) = (end for end in wanted if piece.key.endswith(end))
+            found[end] = data.unique_consecutive().tolist()
+    assert found == wanted
