@@ -6,7 +6,7 @@ from rich.console import Console as Screen
 from megasft.report.console import Console, line_of
 from megasft.report.sink import Setup
 
-from .records import LOSSES, STEP, VALIDATION, step
+from .records import STEP, VALIDATION, step
 
 
 def printed(*, interval: int = 1, table_interval: int = 0) -> str:
@@ -22,15 +22,16 @@ def printed(*, interval: int = 1, table_interval: int = 0) -> str:
 
 def test_a_line_holds_what_one_watches_and_its_columns_do_not_move() -> None:
     line = line_of(STEP)
-    assert line.startswith(
-        "step 2/4  loss 1.2500  token 1.5000 sample 1.3750 turn 1.2500 p 0.375 | norm  0.750 "
+    assert line == (
+        "step 2/4  loss 1.2500  token 1.5000 sample 1.3750 turn 1.1250 p 0.375 | "
+        "norm  0.750 lr 1.00e-05 |     40 turns     30 samples     1,200 labels |  3.1% pad | "
+        "  2,000 tok/s     600 lab/s     3.5 TFLOP/s |   0.20 s   2.5 GiB"
     )
-    assert "1,200 labels |  3.1% pad |" in line and "MFU" not in line
     quick = replace(STEP, step=3, speed=STEP.speed._replace(tokens=123.0, seconds=12.5))
     bars = [n for n, c in enumerate(line) if c == "|"]
     assert [n for n, c in enumerate(line_of(quick)) if c == "|"] == bars
     known = replace(STEP, speed=STEP.speed._replace(mfu=0.416))
-    assert " 41.6% MFU |" in line_of(known)
+    assert "TFLOP/s 41.6% MFU |" in line_of(known)
 
 
 def test_a_step_without_labels_or_update_says_so() -> None:
@@ -51,6 +52,22 @@ def test_lines_and_tables_come_at_their_intervals() -> None:
 def test_the_dearest_category_is_on_top_and_a_set_without_labels_is_left_out() -> None:
     text = printed(interval=1, table_interval=4)
     assert text.index("stem_zh/phy") < text.index("maths")
-    assert "validation talk after step 2" in text and "perplexity 4.482" in text
-    assert "validation none" not in text
-    assert LOSSES.turn_positions.keys() == {"1"} and "turn 1 " in text and "labels 16-63" in text
+    assert (
+        "[megasft] validation talk after step 2  loss 1.2500  token 1.5000 sample 1.3750 " in text
+    )
+    assert "turn 1.1250 p 0.375  perplexity 4.482" in text and "validation none" not in text
+    lines = [line.replace("│", " ").split() for line in text.splitlines() if "│" in line]
+    of_the_step, of_the_evaluation = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert (
+        of_the_step
+        == of_the_evaluation
+        == [
+            ["stem_zh/phy", "2.5000", "2.0000", "0.250", "400", "10"],
+            ["maths", "1.0000", "0.7500", "0.500", "800", "30"],
+            ["turn", "1", "1.7500", "1.6250", "0.625", "700", "28"],
+            ["labels", "16-63", "1.8750", "1.0625", "0.875", "900", "35"],
+        ]
+    )
+    titles = next(line for line in text.splitlines() if "p correct" in line)
+    names = [name.strip() for name in titles.split("┃")[2:-1]]
+    assert names == ["loss", "turn mean", "p correct", "labels", "turns"]
