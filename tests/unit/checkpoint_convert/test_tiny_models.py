@@ -35,7 +35,7 @@ def test_the_routers_of_the_models_compared_are_far_from_a_tie() -> None:
         with torch.no_grad():
             model(TOKENS)
     assert len(margins) == 2 + (2 + 2 + 1) + 3 * 2 + 3 * 4 + 2
-    assert all(50 * TOLERANCE < margin < torch.inf for margin in margins), margins
+    assert all(20 * TOLERANCE < margin < torch.inf for margin in margins), margins
 
 
 @pytest.mark.parametrize(
@@ -81,5 +81,6 @@ def test_the_models_compared_would_show_a_wrong_rope_or_window(
     other = type(model)(config).eval()
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        error = (model(TOKENS).logits - other(TOKENS).logits).abs().max()
-    assert error > 50 * TOLERANCE
+        logits = model(TOKENS).logits
+        error = (logits - other(TOKENS).logits).abs().max()
+    assert error > 10 * TOLERANCE * logits.abs().max()

@@ -159,6 +159,6 @@ def test_what_was_trained_in_parallel_and_exported_computes_what_megatron_comput
     found = verify(back, run, layouts=[Layout()])
     assert found.is_ok, found.failures
     logits = found.check("logits TP 1").figures
-    assert logits["max_difference"] <= 5e-6 and logits["tokens"] > 100
+    assert logits["max_difference"] <= logits["allowed"] / 2 and logits["tokens"] > 100
     before, after = (load_file(d / "model.safetensors") for d in (tmp_path / "hf", back))
     assert all((after[key] - before[key]).abs().max() > 1e-3 for key in before)

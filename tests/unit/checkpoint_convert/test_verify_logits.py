@@ -20,7 +20,7 @@ from checkpoint_convert.config_map import Model, read_model
 from checkpoint_convert.hf_to_megatron import MODEL_FILE
 from checkpoint_convert.megatron_checkpoint import TRACKER
 from checkpoint_convert.rules import QKV, Heads, Join, Rule, same_bits
-from checkpoint_convert.verify import Layout, hf_model, logits, verify
+from checkpoint_convert.verify import Check, Layout, hf_model, logits, verify
 from checkpoint_convert.verify.__main__ import main
 from checkpoint_convert.verify.layouts import combined
 from checkpoint_convert.verify.logits import Subject
@@ -29,8 +29,13 @@ from tests.megatron.runs import ROOT
 from tests.tiny_tokenizer import make_tokenizer
 from tests.unit.checkpoint_convert.tiny_models import save
 
-# float32 and logits up to 4: what another order of summation makes of it.
-ROUNDING = 5e-6
+
+def is_rounding(check: Check) -> bool:
+    """Whether a difference is at most half of what is allowed, which is 1e-5 of the largest logit.
+
+    Another processor sums in another order, which was seen to make 1.7e-6 of it.
+    """
+    return check.is_ok and check.figures["max_difference"] <= check.figures["allowed"] / 2
 
 
 def subject(folder: Path, name: str, **more: Any) -> Subject:
@@ -162,13 +167,13 @@ def test_wrong_models_fail_and_the_reason_is_named(
 
     found = check([*cases.values(), *right], tmp_path / "work")
     for (one,) in found[len(cases) :]:
-        assert one.is_ok and one.figures["max_difference"] <= 2 * ROUNDING, one.detail
+        assert is_rounding(one), one.detail
     by_case = dict(zip(cases, found[: len(cases)], strict=True))
     assert all(not checks[0].is_ok for checks in by_case.values()), by_case
     for name in ("rope", "qk norm", "heads", "bias zero", "join"):
         (one,) = by_case[name]
-        # The base is off by a thousandth, and still a hundred times what rounding makes of it.
-        assert one.figures["max_difference"] > 100 * ROUNDING, one.detail
+        # The base is off by a thousandth, and still 36 times what is allowed.
+        assert one.figures["max_difference"] > 15 * one.figures["allowed"], one.detail
         assert "if the tensors are equal, the configuration or its flags, or a rule" in one.detail
         assert ("--by-layer tells the two apart" in one.detail) == (name == "bias zero")
     assert "the vocabularies differ" in by_case["vocabulary"][0].detail or (
@@ -224,7 +229,7 @@ def test_the_program_compares_text_in_every_layout(tmp_path: Path) -> None:
     for name in list(checks)[-2:]:
         figures = checks[name]["figures"]
         assert figures["source"] == "text" and figures["longest_document"] == 192
-        assert figures["max_difference"] <= ROUNDING and figures["largest_logit"] > 1
+        assert figures["max_difference"] <= figures["allowed"] / 2 and figures["largest_logit"] > 1
     assert (tmp_path / "back" / "verification.json").is_file()
 
 
@@ -242,7 +247,7 @@ def test_experts_and_latent_attention_are_cut_over_processes(tmp_path: Path) -> 
     found = check(subjects, tmp_path / "work")
     for (one,), layout in zip(found, ("TP 2 x PP 2 x EP 2", "TP 1 x PP 2 x EP 2"), strict=True):
         assert one.name == f"logits {layout}"
-        assert one.is_ok and one.figures["max_difference"] <= ROUNDING, one.detail
+        assert is_rounding(one), one.detail
 
 
 @pytest.mark.slow
@@ -269,10 +274,10 @@ def test_a_run_that_trained_another_model_than_its_folder_describes_fails(tmp_pa
     runs.append(replace(runs[0], hf=half, rounded_to=torch.bfloat16))
     runs.append(replace(runs[-1], by_layer=True))
     (ok,), (wrong,), (rounded,), by_layer = check(runs, tmp_path / "work")
-    assert rounded.is_ok and rounded.figures["max_difference"] <= ROUNDING, rounded.detail
+    assert is_rounding(rounded), rounded.detail
     assert all(each.is_ok for each in by_layer), by_layer
     assert verify(half, runs[0].checkpoint, layouts=[Layout()]).is_ok
-    assert ok.is_ok and ok.figures["max_difference"] <= ROUNDING, ok.detail
+    assert is_rounding(ok), ok.detail
     assert not wrong.is_ok
     assert "trained as another model than config.json describes" in wrong.detail
     assert "rotary_base is 10000 and not 1000000" in wrong.detail
@@ -350,13 +355,14 @@ def test_by_layer_needs_the_memory_of_a_layer_and_tells_ties_from_faults(tmp_pat
     found = dict(zip(("tiny", "tied", "large"), check(subjects, tmp_path / "work"), strict=False))
     for name, (layers, one) in found.items():
         assert layers.is_ok and one.is_ok, (name, layers.detail, one.detail)
-        assert layers.figures["max_relative_error"] < 2e-6
+        assert layers.figures["max_relative_error"] < layers.figures["allowed"] / 4
     assert 1 <= found["tied"][0].figures["near_a_tie"] <= 3
     assert "whose experts rounding may change" in found["tied"][0].detail
     peaks = [found[name][0].figures["megatron_peak_bytes"] for name in ("tied", "large")]
-    assert peaks[1] - peaks[0] < num_bytes / 3, peaks
+    # Seen: 0.29 of the model, and 0.42 below; with all of it in memory 1.14.
+    assert peaks[1] - peaks[0] < 0.6 * num_bytes, peaks
     hf_peaks = peaks_of_hugging_face(tmp_path, "tied_hf", "large_hf")
-    assert hf_peaks[1] - hf_peaks[0] < num_bytes / 2, hf_peaks
+    assert hf_peaks[1] - hf_peaks[0] < 0.85 * num_bytes, hf_peaks
 
 
 def peaks_of_hugging_face(folder: Path, *names: str) -> list[int]:
