@@ -13,7 +13,7 @@ import pytest
 from megasft.cli.planned import DEFAULT_ALIGN_TOKENS, DEFAULT_SEED
 from megasft.packing.balance import LLAMA_8B
 from megasft.training import datasets, row_order
-from tests.stores import random_samples, write_store
+from tests.stores import random_samples, sample, write_store
 from tests.unit.checkpoint_convert import published
 
 from .conftest import Seen
@@ -142,28 +142,79 @@ def test_the_report_has_a_packer_a_line_and_json_holds_the_numbers(
 ) -> None:
     path = store.parent / "plan.json"
     seen = megasft("plan", store, *RUN, "--json", path)
+    ratio = r" +([\d.]+)"
     table = re.findall(
-        r"^([* ]) (\w+) +([\d,]+) +([\d.]+) % .* ([\d.]+) *$", seen.out, re.MULTILINE
+        rf"^([* ]) (\w+) +([\d,]+){ratio} % +(\d+) to (\d+){ratio * 4} *$", seen.out, re.MULTILINE
     )
     numbers = orjson.loads(path.read_bytes())
 
     assert [row[1] for row in table] == ["balanced", "best_fit", "sequential", "none"]
     assert [row[0] for row in table] == ["*", " ", " ", " "]
-    assert table[0][4] == "1.000"
-    assert float(table[3][4]) > 1.2
-    for _, name, rows, padding, _ in table:
-        of_packer = numbers["packers"][name]
-        assert (int(rows), float(padding)) == (
-            of_packer["num_rows"],
-            pytest.approx(100 * of_packer["padding"], abs=0.005),
-        )
+    assert table[0][-1] == "1.000"
+    assert float(table[3][-1]) > 1.2
+    for _, name, *printed in table:
+        one = numbers["packers"][name]
+        balance, samples = one["balance"], one["samples_per_row"]
+        assert balance["before"] >= balance["after"]
+        time = one["epoch_cost"] / numbers["packers"]["balanced"]["epoch_cost"]
+        ratios = (one["dearest_over_mean"], balance["after"], balance["before"], time)
+        assert printed == [
+            *(f"{one['num_rows']:,.0f}", f"{100 * one['padding']:.2f}"),
+            *(f"{samples['least']:.0f}", f"{samples['most']:.0f}"),
+            *(f"{number:.3f}" for number in ratios),
+        ]
     assert numbers["padding"] == pytest.approx(numbers["alignment_padding"] + numbers["gaps"])
+    assert "packers" not in megasft("plan", store, *RUN, "--no-compare").out
+
+
+def test_the_report_says_the_numbers_of_the_json(store: Path, megasft: Megasft) -> None:
+    path = store.parent / "plan.json"
+    seen = megasft("plan", store, *RUN, "--no-compare", "--json", path)
+    numbers = orjson.loads(path.read_bytes())
+
+    spreads = {"samples of a row": numbers["samples_per_row"]}
+    spreads |= {f"{name} of a step": spread for name, spread in numbers["steps"].items()}
+    for name, spread in spreads.items():
+        printed = [f"{spread['least']:.0f}", f"{spread['mean']:.1f}", f"{spread['most']:.0f}"]
+        assert re.search(rf"^  {name} +{' +'.join(printed)} *$", seen.out, re.MULTILINE), name
+        assert spread["least"] < spread["mean"] < spread["most"]
+    assert f"dearest row       {numbers['dearest_row_over_mean']:.3f} times the mean" in seen.out
     assert numbers["model"] == "Llama 3 8B"
     assert {one["name"] for one in numbers["cautions"]} == set(
         re.findall(r"^warning ([\w-]+): ", seen.out, re.MULTILINE)
     )
     assert "too-long" in {one["name"] for one in numbers["cautions"]}
-    assert "packers" not in megasft("plan", store, *RUN, "--no-compare").out
+
+
+def test_a_small_run_is_told_as_counted_by_eye(tmp_path: Path, megasft: Megasft) -> None:
+    """In order: 5 and 6 tokens share a row of 16, then 9 and 3, 8 and 7, 2 and 11; 12 is alone."""
+    turns = {n: [(1, n - 2)] for n in (5, 6, 9, 3, 20, 8, 7)}
+    turns |= {2: [], 11: [(1, 4), (6, 4)], 12: [(1, 2), (4, 5)]}
+    samples = [sample([1] * n, *turns[n]) for n in (5, 6, 9, 3, 20, 8, 7, 2, 11, 12)]
+    store = write_store(tmp_path / "store", samples).path
+    run = ("--seq-length", 16, "--align-tokens", 2, "--packer", "sequential")
+    ranks = ("--dp", 2, "--cp", 1, "--tp", 2, "--pp", 3, "--global-batch-size", 6)
+
+    seen = megasft("plan", store, *run, *ranks)
+
+    told = [" ".join(line.split()) for line in seen.out.splitlines()]
+    wanted = """
+        rows 5 of 16 tokens
+        iterations 0.83 of 6 rows
+        turns 10
+        tokens 63, of which 41 labels (65.1 %)
+        padding 21.25 %: 6.25 % in documents, to multiples of 2; 15.00 % at the end of rows
+        samples of a row 1 1.8 2
+        dearest row 1.000 times the mean
+    """
+    for line in filter(None, map(str.strip, wanted.splitlines())):
+        assert line in told, seen.out
+    assert any(line.startswith("samples 9 of 10 in ") for line in told)
+    (of_ranks,) = (line for line in told if line.startswith("ranks "))
+    assert of_ranks == (
+        "ranks 12 = DP 2 x CP 1 x TP 2 x PP 3; in a step each DP rank trains 3 in micro-batches "
+        "of 1 row"
+    )
 
 
 def test_comparing_packers_leaves_the_plan_of_the_run_alone_in_the_store(

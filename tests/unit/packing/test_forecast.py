@@ -62,7 +62,37 @@ def test_a_small_run_counted_by_eye(tmp_path: Path) -> None:
     assert sorted(seen.steps.labels.tolist()) == [5, 6]
     assert (seen.iterations, seen.balance) == (2.0, None)
     wide = plan_rows(store, row_tokens=8, align_tokens=4, seed=0, packer="best_fit")
-    assert forecast(store, wide, run_of(1), LLAMA_8B).padding == (3 + 2 + 1, 4)
+    padded = forecast(store, wide, run_of(1), LLAMA_8B)
+    assert padded.padding == (3 + 2 + 1, 4)
+    found = padded.as_json()
+    parts = [found[name] for name in ("padding", "alignment_padding", "gaps")]
+    assert parts == [10 / 24, 6 / 24, 4 / 24]
+
+
+def test_the_json_of_a_small_run_counted_by_eye(tmp_path: Path) -> None:
+    """Samples of 5 and 3 share a row; 9 and 20 fit none; one has no labels."""
+    samples = [*(sample([1] * n, (1, n - 1)) for n in (5, 6, 9, 3, 20)), sample([1] * 8)]
+    store = write_store(tmp_path / "store", samples)
+    plan = plan_rows(store, row_tokens=8, align_tokens=1, seed=0, packer="best_fit")
+
+    found = forecast(store, plan, run_of(1), LLAMA_8B).as_json()
+
+    assert found.pop("identity") == plan.identity
+    assert found.pop("dearest_row_over_mean") == pytest.approx(1.0, rel=1e-3)
+    counts = {"rows": 3.0, "iterations": 3.0, "samples": 4, "turns": 3}
+    steps = {"turns": Spread(0, 1, 2), "tokens": Spread(6, 22 / 3, 8)}
+    steps |= {"labels": Spread(0, 11 / 3, 6)}
+    plan_facts = {"row_tokens": 8, "align_tokens": 1, "packings": 1, "stages": [0, 3]}
+    padding = {"padding": 2 / 24, "alignment_padding": 0.0, "gaps": 2 / 24}
+    assert found == plan_facts | padding | {
+        "epoch": counts | {"tokens": 22, "label_tokens": 11},
+        "steps": {name: spread._asdict() for name, spread in steps.items()},
+        "samples_per_row": Spread(1, 4 / 3, 2)._asdict(),
+        "rows_of_one_sample": 2,
+        "rows_without_labels": 1,
+        "too_long": {"num_samples": 2, "tokens": 29, "longest": 20, "first": 2},
+        "slowest_rank_over_mean": None,
+    }
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -180,3 +210,13 @@ def test_packers_are_compared_by_the_time_of_an_epoch(store: TokenStore) -> None
     seen = forecast(store, planned(store), run, cost)
     assert by_name["balanced"].padding == pytest.approx(sum(seen.padding) / seen.total_tokens)
     assert by_name["balanced"].dearest_over_mean == seen.dearest_over_mean
+    assert seen.dearest_over_mean == seen.row_costs.max() / seen.row_costs.mean() > 1
+    assert seen.balance is not None and seen.balance.before.mean() > seen.balance.after.mean() > 1
+    wanted = seen.balance.after.mean() * seen.row_costs.sum()
+    assert by_name["balanced"].epoch_cost == pytest.approx(wanted)
+    ratios = seen.as_json()["slowest_rank_over_mean"]
+    assert ratios["before"] == pytest.approx(seen.balance.before.mean())
+    assert ratios["after"] == pytest.approx(seen.balance.after.mean())
+    several, tokens_alone = planned(store, num_packings=3), Cost(per_token=1, per_square=0)
+    one_epoch = figures_of(several, run_of(8), tokens_alone)
+    assert one_epoch.epoch_cost == pytest.approx(64 * several.epoch_rows)
