@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import torch
 
+from megasft.proof import verdict
 from megasft.proof.capture import Piece, _join
 from megasft.proof.verdict import Verdict, relative_error, worst
 
@@ -12,9 +13,9 @@ GOOD = Verdict("qwen3", "CP 2", 2, "turn", 1e-8, 1e-6, "w", 1e-8, 1e-6)
 def test_a_verdict_is_exact_only_when_every_error_is_small() -> None:
     assert GOOD.is_exact
     for wrong in (
-        {"loss_error": 2e-6},
-        {"gradient_error": 2e-5},
-        {"parameter_error": 2e-5},
+        {"loss_error": 1.01 * verdict.LOSS_TOLERANCE},
+        {"gradient_error": 1.01 * verdict.GRADIENT_TOLERANCE},
+        {"parameter_error": 1.01 * verdict.PARAMETER_TOLERANCE},
         {"gradient_error": math.nan},
         {"loss_error": math.nan},
         {"failure": "AuditError"},
