@@ -29,7 +29,7 @@ def test_it_holds_and_leaves_a_report(tmp_path: Path) -> None:
     assert "exact: 6 runs on 3 layouts" in " ".join(output.split())
     verdicts = json.loads((tmp_path / "proof.json").read_text())
     assert len(verdicts) == 6 and all(v["is_exact"] for v in verdicts)
-    assert all(0 < v["gradient_error"] for v in verdicts)
+    assert all(v["gradient_error"] > 0 for v in verdicts)
     assert "turn, DFT 0.8" in (tmp_path / "proof.md").read_text()
 
 
