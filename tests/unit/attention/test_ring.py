@@ -15,7 +15,7 @@ from megasft.attention.blockwise import KeyValue
 from megasft.cp_layout import zigzag_positions
 from tests.attention_cases import SCALE, Case, answer, tensors
 
-CP_SIZE = 8
+CP_SIZE, CPU = 8, torch.device("cpu")
 CASE = Case(borders=(0, 128, 160), groups=1, ratio=2, sizes=(16, 16), window=None, seed=3)
 # What one rounding changes at most, of the value: half a unit in the last of 8 or 24 bits.
 BF16_ROUNDING, FLOAT32_ROUNDING = 2.0**-8, 2.0**-24
@@ -75,9 +75,7 @@ def train_in_threads(
 
     def train(rank: int) -> None:
         cut = share(rank)
-        row = RowLayout(
-            borders=CASE.borders, cp_rank=rank, cp_size=CP_SIZE, device=torch.device("cpu")
-        )
+        row = RowLayout(borders=CASE.borders, cp_rank=rank, cp_size=CP_SIZE, device=CPU)
         leaves = [x[cut].requires_grad_() for x in inputs]
         group: Any = Rank(rank, boxes)
         out = ring.ring_attention(*leaves, row=row, scale=SCALE, window=None, group=group)
