@@ -29,6 +29,7 @@ class Report:
         num_bytes: Of the tensors written.
         is_verified: Whether every tensor was mapped back and compared bitwise.
         flags: Megatron's flags, when they were written.
+        is_kept: Whether the output was there already, made from the same, and was left alone.
     """
 
     source: Path
@@ -41,6 +42,7 @@ class Report:
     num_bytes: int
     is_verified: bool
     flags: tuple[str, ...] = ()
+    is_kept: bool = False
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +67,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show(report: Report) -> None:
     """Print a report to standard output."""
+    if report.is_kept:
+        print(f"exported already: {report.output}, from {report.source}")
+        return
     verified = "bitwise equal" if report.is_verified else "not checked"
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (

@@ -13,13 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from checkpoint_convert import hf_folder, hf_shards, megatron_checkpoint
+from checkpoint_convert import hf_folder, hf_shards, megatron_checkpoint, origin
 from checkpoint_convert.cli import OWN, Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, parse_dtype, read_model
 from checkpoint_convert.files import FORMAT, SIDE_FOLDER
@@ -47,6 +47,7 @@ def convert(
     max_shard_bytes: int = hf_shards.MAX_SHARD_BYTES,
     verify: bool = True,
     overwrite: bool = False,
+    update: bool = False,
     check: Callable[[Path], None] | None = None,
     team: Team = ALONE,
 ) -> Report:
@@ -61,6 +62,7 @@ def convert(
         max_shard_bytes: Of one safetensors file.
         verify: Map every tensor back and compare bitwise, before the dtype changes.
         overwrite: Replace an earlier conversion.
+        update: Replace an earlier conversion of this checkpoint, and leave one of the same step.
         check: Told the folder under its temporary name, in one process; raises when it is wrong,
             and then it does not get its own.
         team: The processes that share the work; all of them call this.
@@ -71,14 +73,22 @@ def convert(
     side = side_folder(like, checkpoint=checkpoint)
     if output.resolve() in (checkpoint.resolve(), side.resolve()):
         raise ConversionError(f"--output {output} is where the input lies; choose another")
-    require_free(output, overwrite=overwrite, marker="config.json")
+    if update:
+        origin.require_own(output, checkpoint)
+    else:
+        require_free(output, overwrite=overwrite, marker="config.json")
     model = read_model(side)
     source = megatron_checkpoint.find_iteration(checkpoint, iteration=iteration)
     reader = PieceReader(source)
     require_keys(reader.keys, model)
     target_dtype = dtype or model.dtype
     plan = _Plan.make(reader, model, target_dtype, max_shard_bytes)
-    with resumable_folder(output, plan.source(source, side), team) as folder:
+    made_from = plan.source(source, side)
+    digest = origin.digest(made_from | {"is_checked": check is not None})
+    report = _report(reader, plan, model, source=source, output=output, is_verified=verify)
+    if update and origin.is_of(output, digest):
+        return replace(report, is_kept=True)
+    with resumable_folder(output, made_from, team) as folder:
         names = hf_shards.shard_names(len(plan.shards))
         left = [i for i, name in enumerate(names) if not (folder / name).is_file()]
         require_space(output, sum(map(plan.shard_bytes, left)))
@@ -95,13 +105,18 @@ def convert(
                             advance(metas[name].nbytes)
         team.wait()
         if team.leads:
-            hf_shards.write_index(folder, [plan.shard_metas(i) for i in range(len(plan.shards))])
-            hf_folder.copy_side_files(side, folder)
-            if dtype is not None:
-                hf_folder.set_dtype(folder, dtype)
+            _write_small_files(folder, side, plan, dtype)
             if check is not None:
                 check(folder)
-    return _report(reader, plan, model, source=source, output=output, is_verified=verify)
+            origin.write(folder, output=output, checkpoint=checkpoint, source=digest)
+    return report
+
+
+def _write_small_files(folder: Path, side: Path, plan: "_Plan", dtype: torch.dtype | None) -> None:
+    hf_shards.write_index(folder, [plan.shard_metas(i) for i in range(len(plan.shards))])
+    hf_folder.copy_side_files(side, folder)
+    if dtype is not None:
+        hf_folder.set_dtype(folder, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +224,53 @@ def _dtypes(stored: Sequence[torch.dtype], written: Mapping[str, torch.Tensor]) 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Parse, convert, verify, print; return the exit code."""
+    parser = _parser(prog)
+    args = parser.parse_args(argv)
+    from checkpoint_convert.verify.after import same_folder  # which imports this module
+
+    check = (
+        None
+        if args.no_verify
+        else same_folder(args.checkpoint, args.output, iteration=args.iteration)
+    )
+    if args.engine != OWN:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.error(f"--engine {args.engine} works in one process; start it without torchrun")
+        if args.update:
+            parser.error(f"--update works with --engine {OWN}; use --overwrite")
+        from checkpoint_convert.engines.convert import to_hf
+
+        return exit_code(
+            lambda: to_hf(
+                args.engine,
+                args.checkpoint,
+                args.output,
+                like=args.like,
+                iteration=args.iteration,
+                overwrite=args.overwrite,
+                check=check,
+            )
+        )
+    with joined() as team:
+        return exit_code(
+            lambda: convert(
+                args.checkpoint,
+                args.output,
+                like=args.like,
+                iteration=args.iteration,
+                dtype=parse_dtype(args.dtype, source="--dtype") if args.dtype else None,
+                max_shard_bytes=int(args.max_shard_size * 1e9),
+                verify=not args.no_verify,
+                overwrite=args.overwrite,
+                update=args.update,
+                check=check,
+                team=team,
+            ),
+            team,
+        )
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog or "python -m checkpoint_convert.megatron_to_hf",
         description="Convert a Megatron checkpoint into a Hugging Face folder, and verify it.",
@@ -236,46 +298,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
         help="of one safetensors file (default: %(default)g)",
     )
     add_shared_arguments(parser)
-    args = parser.parse_args(argv)
-    from checkpoint_convert.verify.after import same_folder  # which imports this module
-
-    check = (
-        None
-        if args.no_verify
-        else same_folder(args.checkpoint, args.output, iteration=args.iteration)
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="replace an earlier conversion of this checkpoint when the new one is whole and "
+        "verified; leave one of the same step as it is",
     )
-    if args.engine != OWN:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            parser.error(f"--engine {args.engine} works in one process; start it without torchrun")
-        from checkpoint_convert.engines.convert import to_hf
-
-        return exit_code(
-            lambda: to_hf(
-                args.engine,
-                args.checkpoint,
-                args.output,
-                like=args.like,
-                iteration=args.iteration,
-                overwrite=args.overwrite,
-                check=check,
-            )
-        )
-    with joined() as team:
-        return exit_code(
-            lambda: convert(
-                args.checkpoint,
-                args.output,
-                like=args.like,
-                iteration=args.iteration,
-                dtype=parse_dtype(args.dtype, source="--dtype") if args.dtype else None,
-                max_shard_bytes=int(args.max_shard_size * 1e9),
-                verify=not args.no_verify,
-                overwrite=args.overwrite,
-                check=check,
-                team=team,
-            ),
-            team,
-        )
+    return parser
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def resumable_folder(output: Path, source: Mapping[str, Any], team: Team) -> Ite
             partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial, output) if team.leads else nullcontext():
             if team.leads:
+                _finish_replacing(output)
                 _prepare(partial, source)
             team.wait()
             yield partial
@@ -105,9 +106,14 @@ def resumable_folder(output: Path, source: Mapping[str, Any], team: Team) -> Ite
             team.wait()
     except OSError as error:
         raise ConversionError(
-            f"{error.filename or partial}: {error.strerror or error}; nothing is at {output}. The "
-            f"same command goes on from {partial}, which you may also remove"
+            f"{error.filename or partial}: {error.strerror or error}; {left_at(output)}. The same "
+            f"command goes on from {partial}, which you may also remove"
         ) from error
+
+
+def left_at(output: Path) -> str:
+    """Say what a conversion that failed has left under its name."""
+    return f"{output} is as it was" if output.exists() else f"nothing is at {output}"
 
 
 @contextmanager
@@ -144,7 +150,7 @@ def _put_in_place(partial: Path, output: Path) -> None:
     if not output.exists():
         partial.rename(output)
         return
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    replaced = output.with_name(f"{_replaced_prefix(output)}{os.getpid()}")
     output.rename(replaced)
     try:
         partial.rename(output)
@@ -152,3 +158,16 @@ def _put_in_place(partial: Path, output: Path) -> None:
         replaced.rename(output)
         raise
     shutil.rmtree(replaced)
+
+
+def _finish_replacing(output: Path) -> None:
+    """Bring back, or remove, the earlier folder of a process that died while replacing it."""
+    for replaced in sorted(output.parent.glob(f"{_replaced_prefix(output)}*")):
+        if output.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(output)
+
+
+def _replaced_prefix(output: Path) -> str:
+    return f".{output.name}.replaced-"

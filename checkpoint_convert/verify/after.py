@@ -7,6 +7,7 @@ beside it, so that after a look at the table ``--no-verify`` can take it as it i
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoint_convert.output_folder import left_at
 from checkpoint_convert.verify.checks import verify
 from checkpoint_convert.verify.verification import Verification, show
 from megasft.errors import ConversionError
@@ -53,7 +54,7 @@ def _require_same(verification: Verification, folder: Path, output: Path) -> Non
     if not verification.is_ok:
         names = ", ".join(check.name for check in verification.failures)
         raise ConversionError(
-            f"the conversion is not the same model ({names}); nothing is at {output}. What was "
-            f"written stays in {folder}: look at the table above, and mend the source; the same "
-            "command with --no-verify takes it as it is"
+            f"the conversion is not the same model ({names}); {left_at(output)}. What was written "
+            f"stays in {folder}: look at the table above, and fix the source; the same command "
+            "with --no-verify takes it as it is"
         )

@@ -108,6 +108,8 @@ def convert(conversion: Conversion, environ: Mapping[str, str]) -> None:
 def export(run: Run, environ: Mapping[str, str]) -> None:
     """Convert the last checkpoint to Hugging Face when training is complete, else say why not.
 
+    An earlier export is replaced when the new one is whole and verified; of the same step it stays.
+
     Raises:
         ConversionError: The conversion failed; the checkpoint is untouched.
     """
@@ -129,7 +131,7 @@ def export_command(run: Run) -> list[str]:
     """Return the command that converts the last checkpoint."""
     assert run.export is not None
     paths = ["--checkpoint", str(run.export.source), "--like", str(run.converted)]
-    paths += ["--output", str(run.export.output)]
+    paths += ["--output", str(run.export.output), "--update"]
     return [sys.executable, "-m", TO_HF, *paths, *_no_verify(run.export)]
 
 

@@ -227,6 +227,8 @@ def _resume(setting: Setting | None, args: Any, launch: Launch) -> list[str]:
 
 
 def _export(settings: Mapping[str, Setting], save: Path | None, model: _Model) -> Conversion | None:
+    from checkpoint_convert import origin
+
     setting = settings.get("checkpoint.export_hf")
     if setting is None or setting.value is False:
         return None
@@ -235,10 +237,10 @@ def _export(settings: Mapping[str, Setting], save: Path | None, model: _Model) -
         raise FlagError(f"{setting.place}: checkpoint.export_hf needs {missing}, which is missing")
     is_default = setting.value is True
     output = save.with_name(f"{save.name}-hf") if is_default else Path(str(setting.value))
-    if output.exists():
+    if (reason := origin.foreign(output, save)) is not None:
         raise FlagError(
-            f"{setting.place}: checkpoint.export_hf {output} exists; remove it, or name another "
-            "folder"
+            f"{setting.place}: checkpoint.export_hf {output} exists and {reason}; move it away, or "
+            "name another folder"
         )
     return Conversion(source=save, output=output, is_verified=_verify(settings))
 

@@ -132,5 +132,5 @@ def test_a_model_is_exported_when_training_is_complete(
     prepare.export(replace(run, export=None), {})
 
     assert run.export.is_verified
-    words = ["--checkpoint", "ckpt/run", "--like", "converted", "--output", "out"]
+    words = ["--checkpoint", "ckpt/run", "--like", "converted", "--output", "out", "--update"]
     assert [c[3:] for c in commands] == ([words] if is_complete else [])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint_convert import origin
 from megasft.errors import ConversionError, FlagError
 from megasft.launch.command import folded, resolved_yaml, shell
 from megasft.launch.run import Run, resolve
@@ -70,7 +71,7 @@ def test_the_first_start_may_come_from_another_checkpoint(resolved: Callable[...
         (["launch.max_restarts=2", "checkpoint.load=x"], "no other checkpoint.load"),
         (["checkpoint.resume=maybe"], "checkpoint.resume is maybe; it is auto or never"),
         (["checkpoint.resume=never", "checkpoint.load=x"], "exclude each other"),
-        (["checkpoint.export_hf=converted"], "export_hf converted exists; remove it, or name"),
+        (["checkpoint.export_hf=converted"], "converted exists and was not exported from a"),
         (["checkpoint.export_hf=true", "model.hf=null"], "export_hf needs model.hf"),
         (["model.verify=maybe", "checkpoint.export_hf=x"], "model.verify is 'maybe'; it is true"),
         (["model.hf=3"], "model.hf is 3; it is a path"),
@@ -86,6 +87,18 @@ def test_a_wrong_configuration_is_one_error_before_anything_starts(
 def test_a_folder_that_holds_no_model_is_named_with_its_line(resolved: Callable[..., Run]) -> None:
     with pytest.raises(ConversionError, match=r"model.hf: absent has no config.json"):
         resolved("model.hf=absent")
+
+
+def test_the_export_of_an_earlier_start_may_be_there(
+    resolved: Callable[..., Run], folder: Path
+) -> None:
+    out = folder / "new"
+    out.mkdir()
+    (out / "config.json").touch()
+    origin.write(out, output=out, checkpoint=folder / "ckpt" / "run", source="of some step")
+    assert "--update" in shell(resolved("checkpoint.export_hf=new"))
+    with pytest.raises(FlagError, match="exported from another checkpoint, ckpt/run beside it"):
+        resolved("checkpoint.export_hf=new", "checkpoint.save=ckpt/other")
 
 
 def test_a_hugging_face_folder_gives_the_flags_before_it_is_converted(
