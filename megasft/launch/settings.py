@@ -16,6 +16,10 @@ CPU_ENV: Final = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 RESTART_ENV: Final = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """A new store for each restart. torchrun 2.5 to 2.13 shares one, whose stale addresses the ranks of
 the next start connect to, and are refused (pytorch issues 135712, 167288)."""
+SHUTDOWN_ENV: Final = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+"""Seconds in which torchrun's ranks may save when torchrun itself is told to end: longer than a
+step and a save. torch 2.12 and newer read it; before, torchrun kills them after 30 s, but under
+``megasft train``, which signals the ranks itself."""
 SPLIT_ENV: Final = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """Megatron 0.19 asserts it with TP or CP on GPUs before Blackwell; FSDP and overlapped expert
 communication want it otherwise."""
@@ -113,8 +117,9 @@ def rank_environment(launch: Launch, args: Any, environ: Mapping[str, str]) -> d
         environ: Of this process; what its user has chosen stays, but for GPUs that are hidden.
     """
     added = dict(CPU_ENV) if launch.cpu else {}
-    if launch.max_restarts and launch.backend != "ray":
-        added |= RESTART_ENV
+    if launch.backend != "ray":
+        added |= SHUTDOWN_ENV
+        added |= RESTART_ENV if launch.max_restarts else {}
     is_split = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
     wants_many = (
         args.use_torch_fsdp2 or args.use_megatron_fsdp or args.overlap_moe_expert_parallel_comm

@@ -3,18 +3,23 @@
 torchrun restarts ranks and meets other nodes; neither is done again here. It is a process of its
 own, started by the very command ``--dry-run`` prints, and its standard error is read on the way to
 the screen, because that is where it says which rank ended.
+
+It is in a session of its own. ``timeout``, systemd and a closed terminal signal a whole group of
+processes, and torchrun would kill ranks that take longer to save than its shutdown timeout, 30 s
+before torch 2.12. So signals come here alone and go to the ranks; when this process is killed, the
+system sends SIGTERM to torchrun, which does the same within its timeout.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
-import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Final
@@ -27,10 +32,19 @@ from megasft.launch.run import Run
 
 logger = logging.getLogger(__name__)
 
-PASSED_ON: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON: Final = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGUSR2: signal.SIGUSR1,
+}
+"""Signals that end a run, and what the ranks get, which know two of them."""
 SECONDS_TO_END: Final = 5.0
 """For torchrun, after its ranks have ended on a signal."""
+SECONDS_TO_INTERRUPT: Final = 10.0
+"""For ranks after Ctrl-C, which does not save; then they are killed."""
 INTERRUPTED: Final = 130
+PR_SET_PDEATHSIG: Final = 1
 
 
 def run_here(run: Run, environ: Mapping[str, str]) -> int:
@@ -47,7 +61,7 @@ def run_here(run: Run, environ: Mapping[str, str]) -> int:
     if is_first_node:
         saved.save(run)
     agent = _Agent(run, environ)
-    code = agent.wait()
+    code = agent.run()
     if code == 0 and is_first_node:
         if agent.was_stopped:
             logger.warning("stopped by a signal; the same command goes on from the last checkpoint")
@@ -69,31 +83,44 @@ class _Agent:
         self._ended: list[failure.Ended] = []
         self._lasting: failure.Failure | None = None
         self._was_interrupted = False
+        self._ended_early: signal.Signals | None = None
         self.was_stopped = False
-        self._process = subprocess.Popen(
-            torchrun_command(run), env=environ, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
+        self._environ = environ
+        self._process: subprocess.Popen[str] | None = None
 
-    def wait(self) -> int:
+    def run(self) -> int:
         """Return torchrun's exit code; after a failure the first error is the last on screen."""
-        assert self._process.stderr is not None
         with self._signals():
+            self._process = subprocess.Popen(
+                torchrun_command(self._run),
+                env=self._environ,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=_ends_with_parent(),
+            )
+            if self._ended_early is not None or self._was_interrupted:
+                self._process.terminate()
+            assert self._process.stderr is not None
             report = self._pass_on(self._process.stderr)
             code = self._process.wait()
         if self._was_interrupted:
             return INTERRUPTED
-        if code != 0:
-            ended = self._ended[-1] if self._ended else None
-            found = self._lasting or failure.first_failure(self._logs(), ended)
-            # Without a rank's error, torchrun's own is what is left: a rendezvous that failed.
-            launch = self._run.launch
-            node = launch.this_node if launch.nnodes > 1 else None
-            sys.stderr.write(
-                "".join(report) if found is None else f"\n{found.message(node=node)}\n"
-            )
-            # A signal's number is no exit code.
-            return code if code > 0 else 128 - code
-        return 0
+        if code != 0 and self._ended_early is not None:
+            return 128 + self._ended_early
+        return 0 if code == 0 else self._failed(code, report)
+
+    def _failed(self, code: int, report: list[str]) -> int:
+        """Print the error that began it, and return an exit code."""
+        ended = self._ended[-1] if self._ended else None
+        found = self._lasting or failure.first_failure(self._logs(), ended)
+        # Without a rank's error, torchrun's own is what is left: a rendezvous that failed.
+        launch = self._run.launch
+        node = launch.this_node if launch.nnodes > 1 else None
+        _show("".join(report) if found is None else f"\n{found.message(node=node)}\n")
+        # A signal's number is no exit code.
+        return code if code > 0 else 128 - code
 
     def _pass_on(self, stream: IO[str]) -> list[str]:
         """Copy torchrun's standard error to ours; keep its own tracebacks back and return them."""
@@ -103,8 +130,7 @@ class _Agent:
             if is_report and not line.startswith("[rank"):
                 report.append(line)
                 continue
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            _show(line)
             if (ended := failure.seen_ended(line)) is not None:
                 self._ended.append(ended)
                 self._announce_restart(ended)
@@ -118,7 +144,7 @@ class _Agent:
         found = failure.first_failure(self._logs(), ended)
         if found is not None and found.is_lasting:
             self._lasting = found
-            self._process.terminate()
+            self._require_process().terminate()
             return
         logger.warning(
             "rank %d ended with exit code %d; restart %d of %d, from the last checkpoint",
@@ -134,50 +160,105 @@ class _Agent:
         _, last = max(attempts)
         return {int(path.parent.name): path for path in last.glob("*/stderr.log")}
 
+    def _require_process(self) -> subprocess.Popen[str]:
+        assert self._process is not None
+        return self._process
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def passes(number: int, frame: FrameType | None) -> None:
-            self._signal_ranks(number)
+            self._stop(signal.Signals(number))
 
         def interrupts(number: int, frame: FrameType | None) -> None:
-            # A terminal has sent it to torchrun too, which ends the ranks.
-            self._was_interrupted = True
+            self._interrupt()
 
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, passes) for number in PASSED_ON}
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupts)
+        handlers = dict.fromkeys(PASSED_ON, passes) | {signal.SIGINT: interrupts}
+        # What is ignored stays so: SIGHUP under nohup, SIGINT of a job in the background.
+        before = {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _signal_ranks(self, number: int) -> None:
-        """Give a signal to the ranks: they save and end by themselves, and torchrun after them.
-
-        torchrun itself would kill a rank that takes longer than half a minute to save.
-        """
+    def _ranks(self) -> list[psutil.Process]:
+        if self._process is None:
+            return []
         try:
-            ranks = psutil.Process(self._process.pid).children()
+            return list(psutil.Process(self._process.pid).children())
         except psutil.NoSuchProcess:
-            return
-        logger.warning("%s: passed on to %d ranks", signal.Signals(number).name, len(ranks))
-        for rank in ranks:
-            if rank.is_running():
-                os.kill(rank.pid, number)
+            return []
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Have the ranks save and end by themselves, and torchrun after them."""
+        ranks = self._ranks()
         self.was_stopped = True
-        if number == signal.SIGTERM:
+        if not ranks:
+            logger.warning("%s: ended before the ranks had started", number.name)
+            self._ended_early = number
+            if self._process is not None:
+                self._process.terminate()
+            return
+        passed_on = PASSED_ON[number]
+        name = number.name if passed_on == number else f"{number.name} as {passed_on.name}"
+        logger.warning("%s: passed on to %d ranks", name, len(ranks))
+        _signal_all(ranks, passed_on)
+        if passed_on == signal.SIGTERM:
             threading.Thread(target=self._end_after, args=(ranks,), daemon=True).start()
 
     def _end_after(self, ranks: list[psutil.Process]) -> None:
         """End torchrun when its ranks have ended and it starts them again."""
         psutil.wait_procs(ranks)
+        process = self._require_process()
         try:
-            self._process.wait(SECONDS_TO_END)
+            process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
-            self._process.terminate()
+            process.terminate()
+
+    def _interrupt(self) -> None:
+        """End the ranks without saving; kill them when they take long or are interrupted twice."""
+        is_second, self._was_interrupted = self._was_interrupted, True
+        if self._process is None:
+            return
+        if is_second:
+            _signal_all(self._ranks(), signal.SIGKILL)
+            return
+        logger.warning("SIGINT: the ranks end without saving (SIGTERM saves); again: at once")
+        self._process.send_signal(signal.SIGINT)
+        threading.Thread(target=self._kill_after, args=(self._ranks(),), daemon=True).start()
+
+    @staticmethod
+    def _kill_after(ranks: list[psutil.Process]) -> None:
+        _, alive = psutil.wait_procs(ranks, timeout=SECONDS_TO_INTERRUPT)
+        _signal_all(alive, signal.SIGKILL)
+
+
+def _signal_all(ranks: list[psutil.Process], number: signal.Signals) -> None:
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """Return what makes the system end a child when this process dies, where a system can."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _show(text: str) -> None:
+    """Print to the screen; a closed terminal takes it away, and the ranks go on to save."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _run_folders(log_dir: Path) -> list[Path]:

@@ -61,10 +61,10 @@ def again() -> None:
 
 
 def save() -> None:
-    """Take half a second to end on SIGTERM, as a rank that saves does."""
+    """Take longer to end on SIGTERM than torchrun waits here, as a rank that saves does."""
 
     def saves(number: int, frame: object) -> None:
-        time.sleep(0.5)
+        time.sleep(2 * float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.25")))
         (FOLDER / f"saved.{RANK}").touch()
         sys.exit(0)
 

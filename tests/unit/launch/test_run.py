@@ -187,16 +187,21 @@ def test_the_environment_is_what_megatron_asks_for_unless_the_user_chose(
     on_gpus = ("launch.cpu=false", "parallel.tensor_model_parallel_size=2")
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
 
-    assert resolved().environment == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    assert resolved("launch.cpu=false").environment == {}
-    assert resolved(*on_gpus).environment == {name: "1"}
-    assert resolved(*on_gpus, "parallel.use_torch_fsdp2=true").environment == {}
-    assert resolved(*on_gpus, f"launch.env.{name}=8").environment == {name: "8"}
-    assert resolved("launch.cpu=false", "launch.max_restarts=1").environment == {
+    def added(*overrides: str) -> dict[str, str]:
+        environment = dict(resolved(*overrides).environment)
+        assert int(environment.pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")) > 600  # a step and a save
+        return environment
+
+    assert added() == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    assert added("launch.cpu=false") == {}
+    assert added(*on_gpus) == {name: "1"}
+    assert added(*on_gpus, "parallel.use_torch_fsdp2=true") == {}
+    assert added(*on_gpus, f"launch.env.{name}=8") == {name: "8"}
+    assert added("launch.cpu=false", "launch.max_restarts=1") == {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
     }
     monkeypatch.setenv(name, "32")
-    assert resolved(*on_gpus).environment == {}
+    assert added(*on_gpus) == {}
 
 
 @pytest.mark.parametrize("words", [["a"], ["a", "--b", "c d", "--e", "", "'"], ["x" * 300, "-y"]])

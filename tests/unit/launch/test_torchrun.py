@@ -1,7 +1,11 @@
 """The real torchrun with ranks that end in all the ways ranks do."""
 
+import fcntl
 import os
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megasft.launch import command
+from megasft.launch import command, torchrun
 from megasft.launch.run import Run
 from megasft.launch.torchrun import run_here
 
@@ -70,21 +74,152 @@ def test_a_fault_that_another_start_would_meet_again_is_not_met_again(
     assert len(list(folder.glob("refused.1.*"))) <= 2
 
 
+PROGRAM = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+from megasft.launch import command, torchrun
+from megasft.launch.run import resolve
+from megasft.launch.torchrun import run_here
+from megasft.pretrain_sft import configure_logging
+
+configure_logging(rank=0)
+command.MODULE = "tests.unit.launch.small_rank"
+sys.exit(run_here(replace(resolve(Path("run.yaml"), ()), argv=("save", ".")), os.environ))
+"""
+
+
+def wait_for(*files: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, f"{files} did not come"
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-def test_a_signal_goes_to_the_ranks_which_end_well(
-    start: Callable[..., int], folder: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("end", ["SIGTERM to the group", "the terminal is closed"])
+def test_a_signal_to_all_processes_of_a_run_saves(
+    write_run: Callable[[], Path], folder: Path, end: str
 ) -> None:
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(folder.glob("ready.*"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+    """As `timeout`, systemd and a terminal signal it; torchrun alone would kill ranks after 1 s.
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert start("save") == 0
+    Its standard error is the terminal that is gone, so nothing can be printed either.
+    """
+    write_run()
+    ours, theirs = os.openpty()
 
+    def takes_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    started = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"},
+        start_new_session=True,
+        preexec_fn=takes_terminal,
+    )
+    os.close(theirs)
+    wait_for(*(folder / f"ready.{rank}" for rank in (0, 1)))
+    if end == "SIGTERM to the group":
+        os.killpg(started.pid, signal.SIGTERM)
+        assert started.wait(60) == 0
+        said = os.read(ours, 100_000).decode()
+        assert "SIGTERM: passed on to 2 ranks" in said and "stopped by a signal" in said
+        os.close(ours)
+    else:
+        os.close(ours)
+        started.wait(60)
     assert len(list(folder.glob("saved.*"))) == 2
-    assert "SIGTERM: passed on to 2 ranks" in caplog.text and "stopped by a signal" in caplog.text
+
+
+@pytest.fixture
+def stand_in(
+    resolved: Callable[..., Run], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """Run with a program instead of torchrun; signal this process once the program is ready."""
+
+    def run(program: str, *numbers: signal.Signals) -> int:
+        torchrun = folder / "torchrun"
+        begin = "import os, pathlib, signal, subprocess, sys, time\n"
+        torchrun.write_text(f"#!{sys.executable}\n{begin}{program}")
+        torchrun.chmod(0o755)
+        monkeypatch.setattr(command, "program", lambda name: str(torchrun))
+
+        def sends() -> None:
+            # Two at once would be one: each has been seen before the next.
+            for number, is_there in zip(numbers, ("ready", "interrupted"), strict=False):
+                wait_for(folder / is_there)
+                os.kill(os.getpid(), number)
+
+        threading.Thread(target=sends, daemon=True).start()
+        return run_here(resolved(), os.environ)
+
+    return run
+
+
+ENDS_WITH_ITS_RANK = """
+code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+signal.signal(signal.SIGINT, lambda *_: pathlib.Path("interrupted").touch())
+rank = subprocess.Popen([sys.executable, "-c", f"print(flush=True); {code}"], stdout=-1)
+rank.stdout.readline()
+pathlib.Path("ready").touch()
+pathlib.Path("ended").write_text(str(rank.wait()))
+"""
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_an_interrupted_run_ends_though_a_rank_does_not(
+    stand_in: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch, num_signals: int
+) -> None:
+    """A terminal's Ctrl-C does not reach torchrun, which is in a session of its own."""
+    seconds = 0.3 if num_signals == 1 else 50.0  # the second one does not wait
+    monkeypatch.setattr(torchrun, "SECONDS_TO_INTERRUPT", seconds)
+    began = time.monotonic()
+
+    assert stand_in(ENDS_WITH_ITS_RANK, *[signal.SIGINT] * num_signals) == 130
+
+    assert (folder / "interrupted").exists() and (folder / "ended").read_text() == "-9"
+    assert time.monotonic() - began < 30
+
+
+def test_a_signal_before_the_ranks_have_started_ends_the_run(
+    stand_in: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    code = stand_in("pathlib.Path('ready').touch(); time.sleep(60)", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM and "before the ranks had started" in caplog.text
+
+
+def test_what_a_user_had_ignored_stays_ignored(stand_in: Callable[..., int], folder: Path) -> None:
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    program = "pathlib.Path('ready').touch(); time.sleep(0.5)"
+    try:
+        assert stand_in(program, signal.SIGHUP) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_torchrun_does_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    """The system sends it SIGTERM, at which it has the ranks save."""
+    child = (
+        "import pathlib, signal, sys\n"
+        "signal.signal(15, lambda *_: (pathlib.Path('told').touch(), sys.exit()))\n"
+        "pathlib.Path('ready').touch()\n"
+        "signal.pause()\n"
+    )
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "from megasft.launch.torchrun import _ends_with_parent\n"
+        f"words = [sys.executable, '-c', {child!r}]\n"
+        "subprocess.Popen(words, start_new_session=True, preexec_fn=_ends_with_parent())\n"
+        "while not os.path.exists('ready'): time.sleep(0.02)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
+    wait_for(tmp_path / "told")
 
 
 def test_without_a_ranks_error_torchruns_own_is_shown(
