@@ -7,7 +7,7 @@ batch script of Slurm holds the same words.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from omegaconf import OmegaConf
@@ -68,25 +68,44 @@ def after(run: Run) -> list[str] | None:
 def unless_incomplete(run: Run) -> str:
     """Return what stands before an export: a run that was told to end early also ends with 0."""
     assert run.export is not None
-    return f"test ! -f {shlex.quote(str(run.export.source / COMPLETE))} ||\n  "
+    return f"test ! -f {run.hidden.word(str(run.export.source / COMPLETE))} ||\n  "
+
+
+def exports(run: Run) -> list[str]:
+    """Return the variables of ``launch.env`` that hide something, as a shell assigns them."""
+    return [run.hidden.assignment(name, "") for name in run.hidden.environment]
+
+
+def started(run: Run) -> list[str]:
+    """Return the command that was typed, and what has to be exported before it or a kept file."""
+    typed = shlex.join(["megasft", "train", str(run.config), *run.overrides])
+    needed = " ".join(run.hidden.needed)
+    return [typed, *([f"not kept here, to be exported before: {needed}"] if needed else [])]
 
 
 def shell(run: Run) -> str:
     """Return the whole run as a shell script that works when pasted."""
     lines = ["set -e"]
+    quote = run.hidden.word
+    # By export, because the arguments of `env` are seen by everyone on the machine.
+    lines += [f"export {assignment}" for assignment in exports(run)]
     if (convert := before(run)) is not None:
         assert run.conversion is not None
-        there = shlex.quote(str(run.conversion.output / MODEL_FILE))
-        lines.append(f"test -f {there} ||\n  {folded(convert, indent='    ')}")
-    environment = [f"{k}={v}" for k, v in run.environment.items()]
+        there = quote(str(run.conversion.output / MODEL_FILE))
+        lines.append(f"test -f {there} ||\n  {folded(convert, quote=quote, indent='    ')}")
+    environment = [
+        f"{k}={v}" for k, v in run.environment.items() if k not in run.hidden.environment
+    ]
     start = (["env", *environment] if environment else []) + torchrun_command(run)
-    lines.append(folded(start))
+    lines.append(folded(start, quote=quote))
     if (export := after(run)) is not None:
-        lines.append(f"{unless_incomplete(run)}{folded(export, indent='    ')}")
+        lines.append(f"{unless_incomplete(run)}{folded(export, quote=quote, indent='    ')}")
     return "\n".join(lines) + "\n"
 
 
-def folded(command: Sequence[str], *, indent: str = "  ") -> str:
+def folded(
+    command: Sequence[str], *, quote: Callable[[str], str] = shlex.quote, indent: str = "  "
+) -> str:
     r"""Quote a command and break it before flags, with a backslash at each end of line.
 
     Example:
@@ -94,11 +113,11 @@ def folded(command: Sequence[str], *, indent: str = "  ") -> str:
         "run --name 'a b'"
     """
     words: list[str] = []
-    for word in map(shlex.quote, command):
+    for word in command:
         if words and not word.startswith("-"):
-            words[-1] += f" {word}"
+            words[-1] += f" {quote(word)}"
         else:
-            words.append(word)
+            words.append(quote(word))
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + 3 > WIDTH:
@@ -110,10 +129,13 @@ def folded(command: Sequence[str], *, indent: str = "  ") -> str:
 
 
 def resolved_yaml(settings: Iterable[Setting]) -> str:
-    """Return settings as a run.yaml of their own, section by section."""
+    """Return settings as a run.yaml of their own, section by section, without values of variables.
+
+    A reference to the environment stays one, so that it is looked up when the file is started.
+    """
     tree: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        tree.setdefault(setting.section, {})[setting.key] = setting.value
+        tree.setdefault(setting.section, {})[setting.key] = setting.written
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 

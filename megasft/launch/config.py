@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megasft.errors import FlagError
+from megasft.launch import written
 
 _CLOCK_TIME: Final = re.compile(r"[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
@@ -27,12 +28,15 @@ class Setting:
 
     Attributes:
         key: With underscores.
+        value: Resolved.
+        written: As it may be kept and printed; see ``launch.written``.
         place: ``run.yaml:12``, or the override.
     """
 
     section: str
     key: str
     value: Any
+    written: Any
     place: str
 
     @property
@@ -51,12 +55,7 @@ def read(path: Path, overrides: Sequence[str]) -> list[Setting]:
     Raises:
         FlagError: The file cannot be read, is no such YAML, or an interpolation leads nowhere.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise FlagError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FlagError(f"{path} is not UTF-8 text: {error.reason}") from error
+    text = _text(path)
     try:
         _refuse_clock_times(text, path)
         lines = _lines(text)
@@ -70,20 +69,31 @@ def read(path: Path, overrides: Sequence[str]) -> list[Setting]:
     for number, change in enumerate(changes):
         if any(other.name == change.name for other in changes[:number]):
             raise FlagError(f"{change.name} is given by two overrides; drop one of them")
-        places[change.section, change.key] = place = f"override {change.text}"
+        places[change.section, change.key] = place = f"override {change.shown}"
         tree = _merged(tree, change, place)
     try:
+        raw: Any = OmegaConf.to_container(tree, resolve=False)
         resolved: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         section, _, key = str(error.full_key or "").partition(".")
         where = places.get((section, key.partition(".")[0]), str(path))
         raise FlagError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    kept = written.written(raw, resolved)
     return [
-        Setting(section, key, value, places.get((section, key), str(path)))
+        Setting(section, key, value, kept[section][key], places.get((section, key), str(path)))
         for section, content in resolved.items()
         for key, value in (content or {}).items()
         if value is not None
     ]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise FlagError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FlagError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 def _sections(text: str, path: Path) -> dict[Any, Any]:
@@ -129,7 +139,7 @@ class _Change(NamedTuple):
     key: str
     name: str
     value: str
-    text: str
+    shown: str
 
 
 def _refuse_clock_times(text: str, path: Path) -> None:
@@ -148,18 +158,22 @@ def _override(text: str) -> _Change:
     name, equals, value = text.partition("=")
     section, *rest = name.split(".")
     if not equals or not rest or not all(name.split(".")):
-        raise FlagError(f"override {text}: it is written section.key=value, as optim.lr=1e-5")
+        shown = written.override(text)
+        raise FlagError(f"override {shown}: it is written section.key=value, as optim.lr=1e-5")
     section, key = _underscored(section), _underscored(rest[0])
     if _CLOCK_TIME.fullmatch(value):
         value = f"'{value}'"
-    return _Change(section, key, ".".join([section, key, *rest[1:]]), value, text)
+    name = ".".join([section, key, *rest[1:]])
+    return _Change(section, key, name, value, written.override(text))
 
 
 def _merged(tree: Any, change: _Change, place: str) -> Any:
     try:
         return OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{change.name}={change.value}"]))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise FlagError(f"{place}: {str(error).splitlines()[0]}") from error
+        # The reason may quote the value, which a secret's place does not.
+        reason = str(error).splitlines()[0] if change.value in place else "it cannot be set so"
+        raise FlagError(f"{place}: {reason}") from None
 
 
 def _underscored(name: str) -> str:

@@ -18,10 +18,12 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megasft.errors import FlagError
+from megasft.errors import ConversionError, FlagError
+from megasft.launch import written
 from megasft.launch.catalog import LAUNCH, OWN_KEYS, SECTIONS, Catalog
 from megasft.launch.config import Setting, read
 from megasft.launch.settings import LAUNCH_HELP, Launch, complete, rank_environment
+from megasft.launch.written import Hidden
 
 MODULE: Final = "megasft.pretrain_sft"
 RESUME: Final = ("auto", "never")
@@ -48,7 +50,8 @@ class Run:
         argv: Flags of ``python -m megasft.pretrain_sft``.
         environment: Of the ranks, beside that of the process that starts them.
         settings: As they were given, interpolations resolved.
-        overrides: As they were given on the command line.
+        overrides: As they were given on the command line, but for secrets.
+        hidden: Values that are not to be seen in what is written or printed.
         save: Where checkpoints go.
         converted: What ``--megasft-hf`` names.
         conversion: What has to be there before the ranks start, unless it is already.
@@ -61,6 +64,7 @@ class Run:
     environment: dict[str, str]
     settings: tuple[Setting, ...]
     overrides: tuple[str, ...]
+    hidden: Hidden
     save: Path | None
     converted: Path | None
     conversion: Conversion | None
@@ -88,9 +92,19 @@ def resolve(config: Path, overrides: Sequence[str]) -> Run:
         FlagError: Of the file, a key, a value, or of flags that do not go together.
         ConversionError: The model cannot be expressed in Megatron's flags.
     """
+    settings = read(config, overrides)
+    hidden = Hidden.of(settings, os.environ)
+    try:
+        return _resolved(config, overrides, settings, hidden)
+    except (FlagError, ConversionError) as error:
+        raise type(error)(hidden.message(str(error))) from None
+
+
+def _resolved(
+    config: Path, overrides: Sequence[str], settings: Sequence[Setting], hidden: Hidden
+) -> Run:
     from megasft.training import arguments
 
-    settings = read(config, overrides)
     by_name = {setting.name: setting for setting in settings}
     launch = _launch(settings)
     # A flag may stand in any section.
@@ -111,7 +125,8 @@ def resolve(config: Path, overrides: Sequence[str]) -> Run:
         argv=tuple(argv),
         environment=rank_environment(launch, args, os.environ),
         settings=tuple(settings),
-        overrides=tuple(overrides),
+        overrides=tuple(map(written.override, overrides)),
+        hidden=hidden,
         save=save,
         converted=model.converted,
         conversion=model.conversion,

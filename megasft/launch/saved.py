@@ -1,13 +1,14 @@
 """The run.yaml and the command that are kept beside a checkpoint, and what changed since the last.
 
 ``run.yaml`` is complete: interpolations and overrides are in it, so the run can be started from it
-alone. That of an earlier start stays as ``run.1.yaml``, ``run.2.yaml`` and on, when it differs.
+alone; variables of the environment and secrets are in it by name. A start that changes nothing
+writes nothing. The file of an earlier start stays as ``run.1.yaml``, ``run.2.yaml`` and on, when it
+differs.
 """
 
 from __future__ import annotations
 
 import logging
-import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from megasft.files import write_whole
-from megasft.launch.command import as_comment, resolved_yaml, shell
+from megasft.launch import written
+from megasft.launch.command import as_comment, resolved_yaml, shell, started
 
 if TYPE_CHECKING:
     from megasft.launch.run import Run
@@ -41,10 +43,14 @@ def save(run: Run) -> None:
             path.rename(_free_name(run.save))
             logger.warning("%s: changed since the last start there: %s", path, "; ".join(changes))
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    started = shlex.join(["megasft", "train", str(run.config), *run.overrides])
-    header = as_comment(f"{started}\nin {Path.cwd()}, with {versions}")
-    write_whole(path, (header + text).encode())
-    write_whole(run.save / COMMAND, f"#!/usr/bin/env bash\n{header}{shell(run)}".encode())
+    header = as_comment("\n".join([*started(run), f"in {Path.cwd()}, with {versions}"]))
+    _write_changed(path, header + text)
+    _write_changed(run.save / COMMAND, f"#!/usr/bin/env bash\n{header}{shell(run)}")
+
+
+def _write_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        write_whole(path, text.encode())
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -63,7 +69,10 @@ def differences(before: str, after: str) -> list[str]:
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, str]:
-    return {f"{s}.{k}": str(v) for s, keys in tree.items() for k, v in (keys or {}).items()}
+    flat = {(s, k): v for s, keys in tree.items() for k, v in (keys or {}).items()}
+    if isinstance(env := flat.get(written.ENV), dict):
+        flat[written.ENV] = written.environment(env)
+    return {f"{s}.{k}": str(v) for (s, k), v in flat.items()}
 
 
 def _free_name(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from megasft.errors import FlagError, MissingPackageError
 from megasft.files import write_whole
 from megasft.launch import command, saved
 from megasft.launch.run import Run
+from megasft.launch.written import shell_line
 from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
 
@@ -60,14 +61,18 @@ def submit(run: Run, environ: Mapping[str, str]) -> int:
     if sbatch is None:
         logger.warning(
             "%s is written and not submitted, because this machine has no sbatch; on one that has: "
-            "sbatch %s",
-            *(path, path),
+            "%s",
+            *(path, " ".join(_by_hand(run) or ["sbatch", run.hidden.word(str(path))])),
         )
         return 0
-    tested = _call([sbatch, "--test-only", str(path)], environ)
+    hidden = [_option(name, value, str) for name, value in _options(run, is_hidden=True)]
+    # The job has the environment of sbatch, where a secret given as it is gets its name.
+    own = {name: run.environment[name] for name in run.hidden.environment}
+    environ = dict(environ) | {n: v for n, v in own.items() if n in run.hidden.needed}
+    tested = _call([sbatch, "--test-only", *hidden, str(path)], environ)
     if tested.returncode != 0:
         raise FlagError(f"sbatch --test-only refuses {path}: {tested.stderr.strip()}")
-    submitted = _call([sbatch, str(path)], environ)
+    submitted = _call([sbatch, *hidden, str(path)], environ)
     sys.stdout.write(submitted.stdout)
     sys.stderr.write(submitted.stderr)
     return submitted.returncode
@@ -77,29 +82,33 @@ def script(run: Run) -> str:
     """Return the batch script of a run.
 
     Raises:
-        FlagError: An option of ``launch.slurm`` is set by megasft, or is no option.
+        FlagError: An option of ``launch.slurm`` is set by megasft, is no option, or keeps from the
+            job what its script needs.
         MissingPackageError: The template is not installed.
     """
-    environment = run.environment
+    _require_exported(run)
+    quote = run.hidden.word
+    assignments = [run.hidden.assignment(name, v) for name, v in run.environment.items()]
     convert, export = (_on_one_node(words) for words in (command.before(run), command.after(run)))
     there = run.conversion.output / MODEL_FILE if run.conversion else ""
     return _template().render(
-        started=shlex.join(["megasft", "train", str(run.config), *run.overrides]),
-        options=_options(run),
-        setup=run.launch.setup or [_path_line()],
-        environment=" ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items()),
-        convert=convert and command.folded(convert, indent="    "),
-        converted_file=shlex.quote(str(there)),
+        started=[*command.started(run), *_by_hand(run)],
+        options=[_option(name, value) for name, value in _options(run, is_hidden=False)],
+        setup=_setup(run) or [_path_line()],
+        environment=" ".join(assignments),
+        convert=convert and command.folded(convert, quote=quote, indent="    "),
+        converted_file=quote(str(there)),
         command=_torchrun(run),
         complete=_complete(run),
-        export=export and command.unless_incomplete(run) + command.folded(export, indent="    "),
+        export=export
+        and command.unless_incomplete(run) + command.folded(export, quote=quote, indent="    "),
     )
 
 
 def _complete(run: Run) -> str | None:
     """Return what tells that a job need not be started again; None where none is to be."""
     wants = {key.replace("_", "-"): value for key, value in run.launch.slurm.items()}
-    return shlex.quote(str(run.save / COMPLETE)) if wants.get("requeue") and run.save else None
+    return run.hidden.word(str(run.save / COMPLETE)) if wants.get("requeue") and run.save else None
 
 
 def _template() -> jinja2.Template:
@@ -120,8 +129,14 @@ def _template() -> jinja2.Template:
         ) from None
 
 
-def _options(run: Run) -> list[str]:
-    """Return the lines after ``#SBATCH``: what follows from the run, then ``launch.slurm``."""
+def _options(run: Run, *, is_hidden: bool) -> list[tuple[str, Any]]:
+    """Return options of sbatch: what follows from the run, then ``launch.slurm``.
+
+    Args:
+        run: Resolved.
+        is_hidden: Those that hold what is not written down. They are given to sbatch itself,
+            because a line after ``#SBATCH`` knows no variables.
+    """
     given = {str(k).replace("_", "-"): v for k, v in run.launch.slurm.items()}
     twice = [name for name in SET_HERE if name in given]
     if twice:
@@ -138,14 +153,47 @@ def _options(run: Run) -> list[str]:
     }
     if not run.launch.cpu:
         chosen["gpus-per-node"] = run.launch.nproc_per_node
-    return [_option(name, value) for name, value in (chosen | given).items() if value is not False]
+    return [
+        (name, value)
+        for name, value in (chosen | given).items()
+        if value is not False and run.hidden.is_in(str(value)) == is_hidden
+    ]
 
 
-def _option(name: str, value: Any) -> str:
+def _option(name: str, value: Any, quote: Callable[[str], str] = shlex.quote) -> str:
     text = str(value)
     if isinstance(value, (dict, list)) or "\n" in text:
         raise FlagError(f"launch.slurm.{name} is {value!r}; an option of sbatch is one value")
-    return f"--{name}" if value is True else f"--{name}={shlex.quote(text)}"
+    return f"--{name}" if value is True else f"--{name}={quote(text)}"
+
+
+def _by_hand(run: Run) -> list[str]:
+    """Return the command that submits the script, where it needs more than the script's name."""
+    quote = run.hidden.word
+    hidden = [_option(name, value, quote) for name, value in _options(run, is_hidden=True)]
+    path = SCRIPT if run.save is None else str(run.save / SCRIPT)
+    return [" ".join(["sbatch", *hidden, quote(path)])] if hidden else []
+
+
+def _setup(run: Run) -> list[str]:
+    """Return the lines of ``launch.setup``, with variables of the job's own shell."""
+    kept = next((s.written for s in run.settings if s.name == "launch.setup"), None)
+    if not isinstance(kept, list):
+        return run.launch.setup
+    return [shell_line(line, text) for line, text in zip(run.launch.setup, kept, strict=True)]
+
+
+def _require_exported(run: Run) -> None:
+    """Check that the job will have the variables its script refers to."""
+    exported = run.launch.slurm.get("export")
+    if exported is None or "ALL" in (names := str(exported).split(",")):
+        return
+    missing = [name for name in run.hidden.needed if name not in names]
+    if missing:
+        raise FlagError(
+            f"launch.slurm.export {exported} keeps {', '.join(missing)} from the job, and their "
+            "values are not written into its script; add the names, or ALL"
+        )
 
 
 def _torchrun(run: Run) -> str:
@@ -162,7 +210,7 @@ def _torchrun(run: Run) -> str:
     ]
     for flag, known_there in KNOWN_THERE.items():
         words[words.index(flag) + 1] = f"@{known_there}@"
-    text = command.folded(words)
+    text = command.folded(words, quote=run.hidden.word)
     for known_there in KNOWN_THERE.values():
         text = text.replace(shlex.quote(f"@{known_there}@"), f'"{known_there}"')
     return text
