@@ -152,13 +152,14 @@ class _Agent:
         )
 
     def _logs(self) -> dict[int, Path]:
-        """Return the standard error of each rank, of the last attempt."""
+        """Return the standard error of each rank, of the attempt that failed last."""
         new = [folder for folder in _run_folders(self._run.log_dir) if folder not in self._earlier]
-        attempts = [(_number(a), a) for folder in new for a in folder.glob("attempt_*")]
+        attempts = {_number(a): a for folder in new for a in folder.glob("attempt_*")}
         if not attempts:
             return {}
-        _, last = max(attempts)
-        return {int(path.parent.name): path for path in last.glob("*/stderr.log")}
+        # torchrun may have begun the next one, which has said nothing yet.
+        failed = attempts.get(len(self._ended) - 1, attempts[max(attempts)])
+        return {int(path.parent.name): path for path in failed.glob("*/stderr.log")}
 
     def _require_process(self) -> subprocess.Popen[str]:
         assert self._process is not None
@@ -247,7 +248,10 @@ def _signal_all(ranks: list[psutil.Process], number: signal.Signals) -> None:
 
 
 def _ends_with_parent() -> Callable[[], None] | None:
-    """Return what makes the system end a child when this process dies, where a system can."""
+    """Return what makes the system end a child when this process dies, where a system can.
+
+    Linux sends the signal when the thread that started the child ends; here it is the main one.
+    """
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl

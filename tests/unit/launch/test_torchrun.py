@@ -140,7 +140,7 @@ def stand_in(
 ) -> Callable[..., int]:
     """Run with a program instead of torchrun; signal this process once the program is ready."""
 
-    def run(program: str, *numbers: signal.Signals) -> int:
+    def run(program: str, *numbers: signal.Signals, overrides: tuple[str, ...] = ()) -> int:
         torchrun = folder / "torchrun"
         begin = "import os, pathlib, signal, subprocess, sys, time\n"
         torchrun.write_text(f"#!{sys.executable}\n{begin}{program}")
@@ -153,10 +153,30 @@ def stand_in(
                 wait_for(folder / is_there)
                 os.kill(os.getpid(), number)
 
-        threading.Thread(target=sends, daemon=True).start()
-        return run_here(resolved(), os.environ)
+        if numbers:
+            threading.Thread(target=sends, daemon=True).start()
+        return run_here(resolved(*overrides), os.environ)
 
     return run
+
+
+ALREADY_IN_THE_NEXT_ATTEMPT = """
+logs = pathlib.Path(sys.argv[sys.argv.index("--log-dir") + 1]) / "megasft"
+for attempt, said in ((0, "[megasft] error: there is no store"), (1, "")):
+    (logs / f"attempt_{attempt}" / "0").mkdir(parents=True)
+    (logs / f"attempt_{attempt}" / "0" / "stderr.log").write_text(said)
+print("failed (exitcode: 1) local_rank: 0 (pid: 7) of binary: python", file=sys.stderr, flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_fault_is_read_though_torchrun_has_begun_the_next_attempt(
+    stand_in: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    assert stand_in(ALREADY_IN_THE_NEXT_ATTEMPT, overrides=("launch.max_restarts=3",)) != 0
+    assert time.monotonic() - began < 20  # it was told to end
+    assert capfd.readouterr().err.splitlines()[-3] == "[megasft] error: there is no store"
 
 
 ENDS_WITH_ITS_RANK = """
@@ -201,25 +221,28 @@ def test_what_a_user_had_ignored_stays_ignored(stand_in: Callable[..., int], fol
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_torchrun_does_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    """The system sends it SIGTERM, at which it has the ranks save."""
-    child = (
+    """The system tells it when the thread that started it is gone, which is all that ends here."""
+    code = (
         "import pathlib, signal, sys\n"
         "signal.signal(15, lambda *_: (pathlib.Path('told').touch(), sys.exit()))\n"
         "pathlib.Path('ready').touch()\n"
         "signal.pause()\n"
     )
-    code = (
-        "import os, signal, subprocess, sys, time\n"
-        "from megasft.launch.torchrun import _ends_with_parent\n"
-        f"words = [sys.executable, '-c', {child!r}]\n"
-        "subprocess.Popen(words, start_new_session=True, preexec_fn=_ends_with_parent())\n"
-        "while not os.path.exists('ready'): time.sleep(0.02)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def launch() -> None:
+        words = [sys.executable, "-c", code]
+        preexec = torchrun._ends_with_parent()
+        started.append(subprocess.Popen(words, cwd=tmp_path, preexec_fn=preexec))
+        wait_for(tmp_path / "ready")
+
+    thread = threading.Thread(target=launch)
+    thread.start()
+    thread.join()
     wait_for(tmp_path / "told")
+    assert started[0].wait(30) == 0
 
 
 def test_without_a_ranks_error_torchruns_own_is_shown(
