@@ -60,6 +60,14 @@ def write_run(folder: Path) -> Callable[[str], Path]:
     return write
 
 
+def write_programs(folder: Path, programs: dict[str, str]) -> None:
+    """Write shell programs that stand for others, by name, into ``bin``."""
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
 @pytest.fixture
 def resolved(write_run: Callable[[str], Path]) -> Callable[..., Run]:
     """Resolve RUN_YAML with some overrides."""

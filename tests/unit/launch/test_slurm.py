@@ -13,6 +13,7 @@ from megasft.launch.run import Run, resolve
 from megasft.launch.slurm import script, submit
 from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
+from tests.unit.launch.conftest import write_programs
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "tools" / "slurm").glob("*.yaml"))
@@ -33,10 +34,7 @@ def test_the_script_runs_the_command_on_each_node(
         "srun": 'while [[ $1 == --* ]]; do shift; done; for n in 0 1; do "$@"; done',
         "torchrun": 'printf "%s\\0" "$NCCL_DEBUG" "$@" >> ran; printf "\\n" >> ran',
     }
-    (folder / "bin").mkdir()
-    for name, text in programs.items():
-        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / "bin" / name).chmod(0o755)
+    write_programs(folder, programs)
     (folder / "job.sh").write_text(script(run))
 
     environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x"}
@@ -58,10 +56,7 @@ def test_a_job_told_to_end_is_queued_again_until_its_run_is_complete(
 ) -> None:
     run = resolved(*ON_SLURM, "launch.slurm.requeue=true")
     assert "requeue" not in script(resolved(*ON_SLURM))
-    (folder / "bin").mkdir()
-    for name, text in {"scontrol": 'echo "$@" >> called; echo node7', "srun": ":"}.items():
-        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / "bin" / name).chmod(0o755)
+    write_programs(folder, {"scontrol": 'echo "$@" >> called; echo node7', "srun": ":"})
     assert run.save is not None
     run.save.mkdir(parents=True)
     if is_complete:

@@ -15,6 +15,7 @@ from megasft.launch.backends import print_run
 from megasft.launch.command import shell
 from megasft.launch.run import Run, resolve
 from megasft.launch.written import is_secret, override, shell_word
+from tests.unit.launch.conftest import write_programs
 
 SECRETS = {
     "FAKE_KEY": "from-the-shell-1",
@@ -133,10 +134,8 @@ def test_the_kept_script_runs_with_the_values_once_they_are_exported(
 ) -> None:
     run = run_with_secrets(*HERE, "launch.env.db_password=one")
     saved.save(run)
-    (folder / "bin").mkdir()
     shown = '"$WANDB_API_KEY" "$HF_TOKEN" "$NCCL_DEBUG" "$PLAIN" "$@"'
-    (folder / "bin" / "torchrun").write_text(f'#!/bin/bash\nprintf "%s\\0" {shown} > ran\n')
-    (folder / "bin" / "torchrun").chmod(0o755)
+    write_programs(folder, {"torchrun": f'printf "%s\\0" {shown} > ran'})
     assert run.save is not None
     text = re.sub(r"(?m)\S*/torchrun ", "torchrun ", (run.save / "run.sh").read_text())
     needed = "FAKE_KEY HF_TOKEN db_password FAKE_LEVEL FAKE_WORK FAKE_NAME\n"
@@ -173,10 +172,7 @@ def test_a_job_has_the_secrets_in_the_environment_of_sbatch_and_not_in_its_scrip
         "torchrun": 'printf "%s\\0" "$WANDB_API_KEY" "$HF_TOKEN" "$@" > ran',
         "megasft": ":",
     }
-    (folder / "bin").mkdir()
-    for name, text in programs.items():
-        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / "bin" / name).chmod(0o755)
+    write_programs(folder, programs)
     path = f"{folder / 'bin'}:/usr/bin:/bin"
     monkeypatch.setenv("PATH", path)
     run = run_with_secrets("launch.backend=slurm", "launch.env.db_password=one")
