@@ -268,6 +268,21 @@ def test_an_override_without_a_secret_is_shown_as_it_was_typed(text: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("launch.env.WANDB_API_KEY=abc", "launch.env.WANDB_API_KEY=${oc.env:WANDB_API_KEY}"),
+        ("launch.env.A_KEY=${oc.env:B,abc}", "launch.env.A_KEY=${oc.env:B}"),
+        ("launch.env={HF_TOKEN: abc, A: 1}", "launch.env={HF_TOKEN: '${oc.env:HF_TOKEN}', A: 1}"),
+        ("launch.env={HF_TOKEN: abc", "launch.env=..."),
+        ("launch={env: {HF_TOKEN: abc}}", "launch=..."),
+        ("env.HF_TOKEN=abc", "env.HF_TOKEN=${oc.env:HF_TOKEN}"),
+    ],
+)
+def test_an_override_is_shown_without_its_secret(text: str, shown: str) -> None:
+    assert override(text) == shown
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("${oc.env:SET}", "a $b \"c\" 'd'"),
