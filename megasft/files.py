@@ -27,6 +27,9 @@ from megasft.errors import FlagError
 
 logger = logging.getLogger(__name__)
 
+WRITER: Final = ".writer.json"
+"""The file of a folder that names its writer."""
+
 BEAT_SECONDS: Final = 10.0
 BEATS_WAITED: Final = 3
 """Of a writer on another host, which may touch its file late."""
@@ -89,18 +92,30 @@ class Writer(NamedTuple):
             return False
 
 
+def require_no_writer(folder: Path) -> None:
+    """Check that no other process writes to a folder now; changes nothing.
+
+    Raises:
+        FlagError: One does; it is named.
+    """
+    path = folder / WRITER
+    if path.is_file():
+        with path.open("rb") as file:
+            _take(file, folder, path, fcntl.LOCK_SH)
+
+
 @contextmanager
-def only_writer(folder: Path, *, name: str = ".writer.json") -> Iterator[None]:
+def only_writer(folder: Path) -> Iterator[None]:
     """Be the only process that writes to a folder, while the context lasts.
 
     Args:
-        folder: It is made when it is not there.
-        name: Of the file that names the writer, which is empty afterwards.
+        folder: It is made when it is not there; the file in it that names the writer is empty
+            afterwards.
 
     Raises:
         FlagError: Another process writes there, which is named; or the folder cannot be written to.
     """
-    path = folder / name
+    path = folder / WRITER
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
@@ -109,7 +124,7 @@ def only_writer(folder: Path, *, name: str = ".writer.json") -> Iterator[None]:
             f"{path} cannot be written ({error.strerror}); name another folder"
         ) from error
     with file:
-        before = _take(file, folder, path)
+        before = _take(file, folder, path, fcntl.LOCK_EX)
         if before is not None:
             logger.info(
                 "%s: process %d on %s, which wrote there since %s, is gone; this one takes over",
@@ -128,7 +143,7 @@ def only_writer(folder: Path, *, name: str = ".writer.json") -> Iterator[None]:
                 _write(file, b"")
 
 
-def _take(file: IO[bytes], folder: Path, path: Path) -> Writer | None:
+def _take(file: IO[bytes], folder: Path, path: Path, kind: int) -> Writer | None:
     """Lock a file; return the writer it still names, one that is gone.
 
     Raises:
@@ -136,7 +151,7 @@ def _take(file: IO[bytes], folder: Path, path: Path) -> Writer | None:
     """
     is_held, has_locks = False, True
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         is_held = True
     except OSError:

@@ -36,6 +36,7 @@ def run_on_ray(run: Run, environ: Mapping[str, str]) -> int:
         MissingPackageError: Ray is not installed.
     """
     ray = _import_ray()
+    saved.require_free(run)
     environ = dict(environ) | run.environment
     if run.conversion is not None:
         prepare.convert(run.conversion, environ)

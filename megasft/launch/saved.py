@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from megasft.files import write_whole
+from megasft.files import require_no_writer, write_whole
 from megasft.launch import written
 from megasft.launch.command import as_comment, resolved_yaml, shell, started
 
@@ -28,6 +28,16 @@ CONFIG: Final = "run.yaml"
 COMMAND: Final = "run.sh"
 PACKAGES: Final = ("megasft", "megatron-core", "torch")
 _ABSENT: Final = "(none)"
+
+
+def require_free(run: Run) -> None:
+    """Check, before anything is written, that no other run saves where this one will.
+
+    Raises:
+        FlagError: One does; its host and process are named.
+    """
+    if run.save is not None:
+        require_no_writer(run.save)
 
 
 def save(run: Run) -> None:

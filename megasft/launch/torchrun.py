@@ -54,6 +54,7 @@ def run_here(run: Run, environ: Mapping[str, str]) -> int:
         run: Of the backend ``local`` or ``torchrun``.
         environ: Of the ranks and the conversions, without ``launch.env``.
     """
+    saved.require_free(run)
     environ = dict(environ) | run.environment
     if run.conversion is not None:
         prepare.convert(run.conversion, environ)

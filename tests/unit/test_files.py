@@ -20,27 +20,15 @@ import pytest
 
 from megasft import files
 from megasft.errors import FlagError
-from megasft.files import only_writer, write_whole
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from megasft.files import only_writer
-with only_writer(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+from megasft.files import only_writer, require_no_writer, write_whole
+from tests.other_writer import HOLD, other_writer
 
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that writes to the folder."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with other_writer(tmp_path) as process:
         yield process
-        process.kill()
 
 
 def test_a_second_writer_is_refused_and_the_first_is_named(
@@ -61,6 +49,9 @@ def test_a_folder_of_a_process_that_was_killed_is_taken_over(
 ) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
+    before = (tmp_path / ".writer.json").stat()
+    require_no_writer(tmp_path)
+    assert (tmp_path / ".writer.json").stat().st_mtime_ns == before.st_mtime_ns, "nothing changes"
     with only_writer(tmp_path):
         assert json.loads((tmp_path / ".writer.json").read_text())["pid"] == os.getpid()
     assert f"process {holder.pid} on " in caplog.text and "is gone" in caplog.text

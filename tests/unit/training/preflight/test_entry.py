@@ -3,8 +3,6 @@
 import json
 import logging
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from megasft import pretrain_sft
+from tests.other_writer import other_writer
 from tests.unit.training.preflight.conftest import World
 
 pytestmark = pytest.mark.slow  # imports the real Megatron
@@ -208,15 +207,8 @@ def test_a_second_run_with_the_same_save_is_refused_while_the_first_one_writes(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     flags = run_world.flags(save=tmp_path / "ckpt", save_interval=5)
-    script = "from megasft.files import only_writer; import pathlib, sys, time\n"
-    script += (
-        "with only_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(99)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "ckpt")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with other_writer(tmp_path / "ckpt") as first:
         said = said_by(flags, capsys)
-        first.kill()
     assert f"ckpt is being written by process {first.pid} on " in said
     unset_globals()
     with pytest.raises(StartedError):
