@@ -2,7 +2,8 @@
 
 A scheduler announces the end of a job by a signal. With ``--save`` Megatron's own handler is on by
 default: the signal of ``--exit-signal`` (SIGTERM) on any rank makes all of them save after the
-step and exit with 0. Slurm's usual warning, SIGUSR1, does the same.
+step and exit with 0. Slurm's usual warning, SIGUSR1, and a closed terminal's SIGHUP do the
+same.
 
 So an exit code of 0 does not say that a run is complete; a file ``complete.json`` beside the
 checkpoints does, which is gone while a run goes on.
@@ -77,15 +78,24 @@ def only_writer(args: Any) -> Iterator[None]:
 
 @contextmanager
 def ends_by_signal(args: Any) -> Iterator[None]:
-    """Make SIGUSR1 end a run as ``--exit-signal`` does, while Megatron's handler is on."""
+    """Make SIGUSR1 and SIGHUP end a run as ``--exit-signal`` does, while Megatron's handler is on.
+
+    torchrun passes a closed terminal's SIGHUP on to the ranks, which would die of it. Under
+    ``nohup`` it is ignored, and stays so.
+    """
     if not args.exit_signal_handler:
         yield
         return
-    before = signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(args.exit_signal))
+    before = {
+        number: signal.signal(number, lambda *_: signal.raise_signal(args.exit_signal))
+        for number in (signal.SIGUSR1, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """When a run is over, and what is left alone then."""
 
 import json
+import signal
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,3 +230,27 @@ def test_rank_0_holds_the_folders_that_its_run_writes_to(
             named = [p for p in tmp_path.rglob(".writer.json") if p.read_text()]
             found[rank] = sorted(str(p.parent.relative_to(tmp_path)) for p in named)
     assert found == {1: [], 0: held}
+
+
+@pytest.mark.parametrize(("is_ignored", "told"), [(False, [15, 15]), (True, [15])])
+def test_a_closed_terminal_and_a_scheduler_end_a_run_as_its_exit_signal_does(
+    is_ignored: bool, told: list[int]
+) -> None:
+    """Under nohup SIGHUP is ignored, and stays so."""
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+        if is_ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        args = SimpleNamespace(exit_signal_handler=True, exit_signal=signal.SIGTERM)
+        with saving.ends_by_signal(args):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGUSR1)
+        assert received == told
+        now = [signal.getsignal(number) for number in numbers[1:]]
+        assert now == [signal.SIG_IGN if is_ignored else before[1], before[2]]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
