@@ -124,24 +124,32 @@ def kill_rank_in_step_5(launch: subprocess.Popen[str], log: Path) -> float:
     return time.monotonic() - began
 
 
+FINISHED = (
+    *("launch.max_restarts=1", "checkpoint.save=ckpt", "checkpoint.export_hf=new"),
+    *("data.valid=valid", "log.eval_interval=2", "checkpoint.keep_last=1"),
+    *("checkpoint.best=all", "checkpoint.early_stop=9"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> float:
+    """A run of which a rank was killed, and which ended; seconds until the other rank ended."""
+    write_store(folder / "valid", random_samples(20, seed=6, vocab=VOCAB))
+    launch = start(folder, "killed", *FINISHED)
+    seconds = kill_rank_in_step_5(launch, folder / "killed.log")
+    assert launch.wait(300) == 0, said(folder, "killed")[-4000:]
+    return seconds
+
+
 def test_a_killed_rank_ends_the_other_and_the_restart_repeats_and_skips_nothing(
-    folder: Path, uninterrupted: dict[int, float]
+    folder: Path, uninterrupted: dict[int, float], finished: float
 ) -> None:
     """Killed in or after step 5, whose checkpoint is that of step 4; exported at the end.
 
     The losses are those of a run nobody killed, on another layout, so the rows are too. Does not
     cover NCCL, whose ranks wait longer for one that is gone.
     """
-    launch = start(
-        folder,
-        "killed",
-        "launch.max_restarts=1",
-        "checkpoint.save=ckpt",
-        "checkpoint.export_hf=new",
-    )
-
-    assert kill_rank_in_step_5(launch, folder / "killed.log") < 60
-    assert launch.wait(300) == 0, said(folder, "killed")[-4000:]
+    assert finished < 60
 
     text = said(folder, "killed")
     assert "rank 1 ended with exit code -9; restart 1 of 1, from the last checkpoint" in text
@@ -153,8 +161,42 @@ def test_a_killed_rank_ends_the_other_and_the_restart_repeats_and_skips_nothing(
     assert losses == pytest.approx({step: uninterrupted[step] for step in losses}, rel=2e-5)
 
     assert (folder / "ckpt" / "run.yaml").is_file() and (folder / "ckpt" / "run.sh").is_file()
-    from safetensors.numpy import load_file
-
-    before, after = (load_file(folder / f / "model.safetensors") for f in ("hf", "new"))
+    before, after = (weights(folder / name) for name in ("hf", "new"))
     assert before.keys() == after.keys()
     assert not any(np.array_equal(before[name], after[name]) for name in before)
+
+
+def weights(hf: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(hf / "model.safetensors")
+
+
+def files_of(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of each file, but for what ranks print."""
+    paths = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    stats = {str(path): path.stat() for path in paths if "logs" not in path.parts}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def test_a_finished_run_given_again_changes_nothing_and_with_more_steps_goes_on(
+    folder: Path, finished: float
+) -> None:
+    """With the best checkpoint, retention, early stop and export; the export is that of the end."""
+    places = folder / "ckpt", folder / "new"
+    before, exported = files_of(*places), weights(folder / "new")
+    assert any("iter_" in name for name in before) and any("best.json" in n for n in before)
+
+    again = start(folder, "again", *FINISHED, board="killed")
+    assert again.wait(300) == 0, said(folder, "again")[-4000:]
+    assert files_of(*places) == before
+    text = said(folder, "again")
+    assert "the run is complete: " in text and "exported already" in text
+
+    longer = start(folder, "longer", *FINISHED, f"optim.train_iters={STEPS + 2}", board="killed")
+    assert longer.wait(300) == 0, said(folder, "longer")[-4000:]
+    tracker = folder / "ckpt" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == str(STEPS + 2)
+    longest = weights(folder / "new")
+    assert not any(np.array_equal(exported[name], longest[name]) for name in exported)
+    assert sorted(scalars(folder / "killed")["lm loss"])[-1] == STEPS + 2
