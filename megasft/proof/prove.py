@@ -19,7 +19,7 @@ from megasft import cpu
 from megasft.errors import FlagError
 from megasft.proof.defects import DEFECTS
 from megasft.proof.families import FAMILIES
-from megasft.proof.layouts import DIST_OPT, Layout, select
+from megasft.proof.layouts import Layout, select
 from megasft.proof.oracle import saved_names
 from megasft.proof.verdict import Verdict, compare
 from megasft.proof.world import OBJECTIVES, Objective, World, make_world
@@ -92,7 +92,6 @@ def prove(
     ]
     judge = _judge(worlds)
     verdicts = []
-    runs.sort(key=lambda run: DIST_OPT[0] in run.layout.more)
     for ranks in sorted({run.layout.ranks for run in runs}):
         for run, failure in _launch([r for r in runs if r.layout.ranks == ranks], settings):
             verdicts.append(judge(run, failure))

@@ -90,6 +90,7 @@ def summarized(verdicts: Sequence[Verdict]) -> list[Verdict]:
                 worst_gradient=top.worst_gradient,
                 parameter_error=max(v.parameter_error for v in group),
                 update_error=max(v.update_error for v in group),
+                threads=max(v.threads for v in group),
             )
         )
     return shown
@@ -115,7 +116,8 @@ def markdown(verdicts: Sequence[Verdict], settings: Settings, *, command: str) -
     if settings.defect:
         what = DEFECTS[settings.defect].what
         lines += [f"**A defect was injected** (`--break {settings.defect}`): {what}.", ""]
-    lines += [DEFINITION, "", *_facts(settings, command), ""]
+    lines += [DEFINITION, "", *_facts(settings, command)]
+    lines += [f"- most threads of a rank's process: {max(v.threads for v in verdicts)}", ""]
     for family in settings.families:
         lines += [f"- `{family}`: {FAMILIES[family].what}"]
     header = (*COLUMNS, "update", "verdict")

@@ -27,6 +27,7 @@ class Verdict:
         worst_gradient: That tensor's name.
         parameter_error: The same for parameters after the optimizer step.
         update_error: ‖Δ - truth‖ / ‖truth‖ of that step's updates, all tensors together.
+        threads: Of the first rank's process at the end of the run.
         failure: Why there is no record, when there is none.
     """
 
@@ -39,6 +40,7 @@ class Verdict:
     worst_gradient: str = ""
     parameter_error: float = float("nan")
     update_error: float = float("nan")
+    threads: int = 0
     failure: str = ""
 
     @property
@@ -105,4 +107,5 @@ def compare(record: Path, truth: Truth, model: Model, start: Tensors) -> dict[st
         "worst_gradient": worst_gradient,
         "parameter_error": worst(parameters, truth.parameters)[0],
         "update_error": relative_error(updates[0], updates[1]),
+        "threads": run["threads"],
     }

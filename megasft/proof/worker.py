@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import torch
 
 from megasft.errors import MegasftError
@@ -79,6 +80,7 @@ class Recorder:
         if not self.model:
             return
         self.record["parameters"] = whole_tensors(self.model, lambda p: p)
+        self.record["threads"] = psutil.Process().num_threads()
         self.model = []
         if torch.distributed.get_rank() == 0:
             unfinished = self.path.with_suffix(".tmp")
@@ -107,20 +109,43 @@ def main() -> None:
 def forget() -> None:
     """Forget Megatron's global state, for the next run in this process group.
 
-    Megatron forgets its process groups without closing them. Each holds threads and sockets, and
-    after fifty runs they would have all of the machine; so the groups of a run are closed here.
-    (A distributed optimizer keeps its own alive in 0.19.2; ``prove`` runs those layouts last.)
+    Megatron forgets its process groups without closing them. Each holds three threads and sockets,
+    and a run of one rank makes twenty, so the groups of a run are closed here. Gloo joins a group's
+    threads when the last reference to it goes, which ``_release_groups`` sees to.
     """
     from megatron.training.training import destroy_global_state
     from torch.distributed.distributed_c10d import _world
 
     torch.distributed.barrier()
     destroy_global_state()
+    _release_groups()
     for group in list(_world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
     gc.collect()
     torch.distributed.barrier()
+
+
+def _release_groups() -> None:
+    """Cut what refers to a finished run's process groups and no collector can see.
+
+    Megatron 0.19.2 wraps a model in hooks on autograd's nodes, and the nodes are reached from the
+    model again through graphs that outlive the step: a distributed optimizer's views of parameters,
+    a token dispatcher's probabilities. Python does not follow such a cycle, so it is cut where
+    the hooks hold the wrapper. Caches of rotary embeddings and two globals hold groups as well.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common import embeddings
+
+    for wrapper in gc.get_referrers(DistributedDataParallel):
+        if type(wrapper) is DistributedDataParallel:
+            vars(wrapper).clear()
+    embeddings.RotaryEmbedding.forward.cache_clear()
+    embeddings.YarnRotaryEmbedding.forward.cache_clear()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def verdicts(folder: Path, settings: Settings) -> list[Verdict]:
 
 
 def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
-    """What megasft is for. Router losses have a test of their own, and `megasft prove`.
+    """What megasft is for; and what a run leaves behind does not pile up.
 
     Mirrors ``pretrain`` of megatron-core 0.19.2, whole. Does not cover the distributed optimizer's
     checkpoints, Transformer Engine, or 16-bit training.
@@ -46,6 +46,11 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
     for family, at_least in (("qwen3", 20), ("qwen2_moe", 8)):
         assert len([name for f, name in layouts if f == family]) >= at_least
     assert {v.ranks for v in found} == {1, 2, 4, 8}
+    # A run's process groups have three threads each and end with it; experts and the distributed
+    # optimizer once kept them all.
+    for ranks in (2, 4, 8):
+        threads = [v.threads for v in found if v.ranks == ranks]
+        assert len(threads) >= 6 and 0 < max(threads) < 120, (ranks, threads)
 
 
 def test_every_objective_is_exact(tmp_path: Path) -> None:

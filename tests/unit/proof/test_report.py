@@ -27,11 +27,13 @@ def test_a_wrong_run_keeps_its_own_line() -> None:
 
 def test_the_report_has_every_run_the_versions_and_the_command() -> None:
     refused = replace(GOOD, layout="EP 2", failure="FlagError: a | b")
-    text = markdown([GOOD, refused], SETTINGS, command="megasft prove --max-ranks 2")
+    many = replace(GOOD, layout="TP 2", threads=81)
+    text = markdown([GOOD, many, refused], SETTINGS, command="megasft prove --max-ranks 2")
 
     assert "| qwen3 | CP 2 | turn | 1.0e-08 | 1.0e-06 | model.norm.weight" in text
     assert "FlagError: a / b" in text and "**wrong**" in text
     assert "`megasft prove --max-ranks 2`" in text and "megatron-core 0.19" in text
+    assert "most threads of a rank's process: 81" in text
 
 
 def test_an_injected_defect_is_the_first_thing_a_report_says() -> None:
