@@ -2,7 +2,8 @@
 
 Shares nothing with what it judges but the store's reader: no rows, no shifting helper, no masks, no
 Megatron. Each supervised turn is run as its own sequence, the conversation up to its last token,
-and the mean is taken over all of them at once. The optimizer step is written out, too.
+and the mean is taken over all of them at once. The optimizer step is written out, too. Nothing is
+computed in less than float64 (``float64.py``).
 """
 
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megasft.proof.float64 import strict_float64
 from megasft.schema import Sample
 
 Tensors = dict[str, torch.Tensor]
@@ -58,7 +60,8 @@ def turn_losses(model: Any, sample: Sample) -> list[torch.Tensor]:
     losses = []
     for start, size in sample.turns[:, :2].tolist():
         ids = torch.tensor([sample.tokens[: start + size].tolist()])
-        logits = model(input_ids=ids).logits[0].double()
+        with strict_float64():
+            logits = model(input_ids=ids).logits[0]
         log_probs = torch.log_softmax(logits[start - 1 : -1], dim=-1)
         losses.append(-log_probs[torch.arange(size), ids[0, start:]])
     return losses
@@ -133,8 +136,9 @@ def _router_logits(model: Any, documents: list[list[int]]) -> list[torch.Tensor]
 
     routers = [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
     hooks = [router.register_forward_hook(see) for router in routers]
-    for document in documents:
-        model(input_ids=torch.tensor([document]))
+    with strict_float64():
+        for document in documents:
+            model(input_ids=torch.tensor([document]))
     for hook in hooks:
         hook.remove()
     return [torch.cat(logits) for logits in seen.values()]

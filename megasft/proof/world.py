@@ -11,6 +11,7 @@ from checkpoint_convert.hf_to_megatron import convert
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.proof import families
+from megasft.proof.float64 import widen
 from megasft.proof.layouts import Layout
 from megasft.proof.oracle import Adam, Truth, first_step, router_losses
 from megasft.proof.samples import random_samples, write_store
@@ -144,4 +145,4 @@ def make_world(folder: Path, family: str) -> World:
     hf = families.build(family, seed=0)
     hf.save_pretrained(hf_folder)
     convert(hf_folder, folder / family / "megatron", overwrite=True)
-    return World(folder, family, store, hf.double(), read_model(hf_folder))
+    return World(folder, family, store, widen(hf), read_model(hf_folder))

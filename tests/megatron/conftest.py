@@ -8,6 +8,7 @@ import pytest
 
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import plan_rows
+from megasft.proof.float64 import widen
 from megasft.proof.oracle import Truth, first_step
 from megasft.proof.world import ADAM
 from megasft.schema import Sample
@@ -38,7 +39,7 @@ class World(SimpleNamespace):
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **ends, initializer_range=0.2))
         model.save_pretrained(folder / "hf")
         convert(folder / "hf", folder / "megatron")
-        self.model = model.double()
+        self.model = widen(model)
 
     def first_batch(self) -> list[Sample]:
         plan = plan_rows(self.store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megasft.proof import families
+from megasft.proof.float64 import strict_float64, widen
 from megasft.proof.oracle import Adam, adam_step, mean_loss, saved_names
 from megasft.proof.samples import sample
 
@@ -17,12 +18,13 @@ SILENT = sample([1, 2, 3])
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return families.build("llama", seed=0).double()
+    return widen(families.build("llama", seed=0))
 
 
 def label_losses(model: Any, tokens: list[int]) -> torch.Tensor:
     """Cross entropy of every token but the first, by torch, of a whole sample at once."""
-    logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    with strict_float64():
+        logits = model(input_ids=torch.tensor([tokens])).logits[0]
     return cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="none")
 
 
