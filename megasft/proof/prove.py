@@ -20,9 +20,9 @@ from megasft.errors import FlagError
 from megasft.proof.defects import DEFECTS
 from megasft.proof.families import FAMILIES
 from megasft.proof.layouts import Layout, select
-from megasft.proof.oracle import saved_names
+from megasft.proof.oracle import Truth, saved_names
 from megasft.proof.verdict import Verdict, compare
-from megasft.proof.world import OBJECTIVES, Objective, World, make_world
+from megasft.proof.world import OBJECTIVES, MicroBatches, Objective, World, make_world
 
 SILENT_SECONDS: Final = 300
 """A run that shows nothing for so long hangs; it is stopped and reported."""
@@ -134,17 +134,20 @@ def _plan(settings: Settings) -> list[tuple[str, Layout]]:
 
 def _judge(worlds: dict[str, World]) -> Callable[[Run, str], Verdict]:
     """Return what compares a run with its truth; truths are computed once each."""
-    truths: dict[tuple[str, str, int], Any] = {}
+    truths: dict[tuple[str, str, MicroBatches | None], Truth] = {}
     starts = {f: saved_names(w.hf, {p: p for p in w.hf.parameters()}) for f, w in worlds.items()}
 
     def judge(run: Run, failure: str) -> Verdict:
-        family = run.world.family
-        facts = (family, run.layout.name, run.layout.ranks, run.objective.label)
+        family, layout, objective = run.world.family, run.layout, run.objective
+        facts = (family, layout.name, layout.ranks, objective.label)
         if failure:
             return Verdict(*facts, failure=failure)
-        key = (family, run.objective.label, run.layout.mbs)
+        together = None
+        if objective.has_side_losses:  # nothing else depends on what a micro-batch is
+            together = run.world.micro_batches(dp_size=layout.dp, mbs=layout.mbs)
+        key = (family, objective.label, together)
         if key not in truths:
-            truths[key] = run.world.truth(run.objective, mbs=run.layout.mbs)
+            truths[key] = run.world.truth(objective, together)
         errors = compare(run.record, truths[key], run.world.model, starts[family])
         run.record.unlink()
         return Verdict(*facts, **errors)

@@ -1,5 +1,6 @@
 """What every run of a proof starts from: a token store, a small model and its checkpoint."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -8,7 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from checkpoint_convert.config_map import Model, read_model
 from checkpoint_convert.hf_to_megatron import convert
-from megasft.packing.order import RowOrder
+from megasft.packing.balance import BatchShape, DealtOrder
+from megasft.packing.forecast_cost import read_cost
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.proof import families
 from megasft.proof.float64 import widen
@@ -31,12 +33,18 @@ Z_COEFF: Final = 0.01
 
 
 class Objective(NamedTuple):
-    """What a run optimizes, and how the table calls it."""
+    """What a run optimizes, and how the table calls it.
+
+    Attributes:
+        steps: That a run makes. The first is compared with the truth; that another follows is to
+            be seen of each layout once.
+    """
 
     label: str
     name: str
     dft_alpha: float = 0.0
     has_side_losses: bool = False
+    steps: int = 1
 
     @property
     def flags(self) -> list[str]:
@@ -49,13 +57,20 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES: Final = {
-    "turn": Objective("turn", "turn"),
+    "turn": Objective("turn", "turn", steps=2),
     "sample": Objective("sample", "sample"),
     "token": Objective("token", "token"),
     "dft": Objective("turn, DFT 0.8", "turn", dft_alpha=0.8),
     "router": Objective("turn + router losses", "turn", has_side_losses=True),
 }
 """``megasft prove --loss NAME``."""
+
+
+MicroBatches = tuple[tuple[int, ...], ...]
+"""Rows of the plan that are trained together, for each micro-batch of a global batch."""
+
+HF: Final = "hf"
+"""Folder of a family's Hugging Face model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +97,48 @@ class World:
         """The rows every layout trains."""
         return plan_rows(self.store, row_tokens=ROW_TOKENS, align_tokens=ALIGN, seed=SEED)
 
-    def first_rows(self) -> list[list[Sample]]:
-        """Return the samples of the first global batch, row by row."""
-        plan = self.plan
-        order = RowOrder(num_rows=len(plan), seed=SEED)
-        return [[self.store.sample(int(i)) for i in plan.rows[order[k]]] for k in range(self.batch)]
+    def micro_batches(self, *, dp_size: int = 1, mbs: int = 1) -> MicroBatches:
+        """Return the rows of the first global batch, grouped as they are trained together.
 
-    def truth(self, objective: Objective, *, mbs: int = 1) -> Truth:
+        Args:
+            dp_size: Data-parallel ranks. Megatron's sampler gives each in turn the next ``mbs``
+                positions of the run.
+            mbs: Rows of a micro-batch.
+
+        Returns:
+            Rows of the plan, ascending: which they are is all that matters to the truth.
+        """
+        plan, shape = self.plan, BatchShape(self.batch, dp_size, mbs)
+        costs = read_cost(self.folder / self.family / HF).of(plan.row_tokens, plan.squares)
+        order = DealtOrder(plan.order(seed=SEED), costs, shape)
+        starts = range(0, self.batch, mbs)
+        return tuple(sorted(tuple(sorted(order[i + k] for k in range(mbs))) for i in starts))
+
+    def samples(self, rows: Iterable[int]) -> list[list[Sample]]:
+        """Return the samples of each of these rows of the plan."""
+        samples_of = self.plan.rows
+        return [[self.store.sample(int(i)) for i in samples_of[row]] for row in rows]
+
+    def truth(self, objective: Objective, micro_batches: MicroBatches | None = None) -> Truth:
         """Compute what the first step must give.
 
         Args:
             objective: What is optimized.
-            mbs: Rows of a micro-batch; balancing experts is a matter of a micro-batch.
+            micro_batches: Which rows are trained together, if not each alone; nothing but a
+                router's losses depends on that.
         """
-        rows = self.first_rows()
+        micro_batches = micro_batches or self.micro_batches()
         side_loss = None
         if objective.has_side_losses:
-            padded = [padded_documents(row) for row in rows]
-            groups = [list(chain(*padded[i : i + mbs])) for i in range(0, self.batch, mbs)]
+            groups = [
+                list(chain(*map(padded_documents, self.samples(rows)))) for rows in micro_batches
+            ]
             side_loss = partial(
                 router_losses, self.hf, groups, aux_coeff=AUX_COEFF, z_coeff=Z_COEFF
             )
         return first_step(
             self.hf,
-            [sample for row in rows for sample in row],
+            chain(*self.samples(chain(*micro_batches))),
             objective=objective.name,
             adam=ADAM,
             dft_alpha=objective.dft_alpha,
@@ -121,7 +154,7 @@ class World:
             "--seq-length": ROW_TOKENS,
             "--global-batch-size": self.batch,
             "--seed": SEED,
-            "--train-iters": 2,
+            "--train-iters": objective.steps,
             "--log-interval": 1000,
         }
         flags = [str(text) for pair in sizes.items() for text in pair]
@@ -141,7 +174,7 @@ def make_world(folder: Path, family: str) -> World:
     store = write_store(
         folder / "store", random_samples(NUM_SAMPLES, row_tokens=ROW_TOKENS, seed=SEED)
     )
-    hf_folder = folder / family / "hf"
+    hf_folder = folder / family / HF
     hf = families.build(family, seed=0)
     hf.save_pretrained(hf_folder)
     convert(hf_folder, folder / family / "megatron", overwrite=True)
