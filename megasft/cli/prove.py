@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -135,20 +136,35 @@ def _folder(chosen: Path | None) -> Iterator[Path]:
 
 
 def _run(console: Console, settings: Settings) -> list[Verdict]:
-    """Run the proof behind a progress bar that names the last layout."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Run the proof behind a progress bar that tells the time left and names the last layout."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
+    from megasft.proof.pace import announcement, expected_seconds
     from megasft.proof.prove import prove
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+    cores, expected = os.cpu_count() or 1, list[float]()
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), *clocks, TextColumn("left  {task.description}"))
+    # The time left is what is expected of the runs to come, at the pace of those that have ended.
+    with Progress(*columns, console=console, speed_estimate_period=86_400) as progress:
         task = progress.add_task("making models")
+
+        def announce(ranks: Sequence[int]) -> None:
+            expected.extend(expected_seconds(ranks, cores=cores))
+            progress.console.print(announcement(ranks, cores=cores), highlight=False)
+            progress.update(task, total=sum(expected))
 
         def done(verdict: Verdict) -> None:
             name = f"{verdict.family}, {verdict.layout}, {verdict.objective}"
-            progress.update(task, advance=1, description=name)
+            progress.update(task, advance=expected.pop(0), description=name)
             if not verdict.is_exact:
                 why = verdict.failure or f"gradient off by {verdict.gradient_error:.1e}"
                 progress.console.print(f"not exact: {name}: {why}", style="red", highlight=False)
 
-        return prove(settings, announce=lambda n: progress.update(task, total=n), done=done)
+        return prove(settings, announce=announce, done=done)

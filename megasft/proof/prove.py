@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
+import torch
 
 from megasft import cpu
 from megasft.errors import FlagError
@@ -69,42 +71,48 @@ class Run:
 
 
 def prove(
-    settings: Settings, *, announce: Callable[[int], None], done: Callable[[Verdict], None]
+    settings: Settings,
+    *,
+    announce: Callable[[Sequence[int]], None],
+    done: Callable[[Verdict], None],
 ) -> list[Verdict]:
     """Run everything and judge it.
 
     Args:
         settings: What to prove.
-        announce: Called with the number of runs, before the first.
+        announce: Called before the first run with the ranks of each, in order.
         done: Called with each verdict, as soon as there is one.
 
     Raises:
         FlagError: No layout fits, or none can show the defect.
     """
+    # Threads of a tiny model only wait for each other, and take cores from the ranks.
+    torch.set_num_threads(1)
     planned = _plan(settings)
-    announce(sum(len(FAMILIES[family].objectives(settings.objectives)) for family, _ in planned))
+    announce([layout.ranks for _, layout, _ in planned])
     settings.folder.mkdir(parents=True, exist_ok=True)
-    worlds = {f: make_world(settings.folder, f) for f in dict.fromkeys(f for f, _ in planned)}
+    worlds = {f: make_world(settings.folder, f) for f in dict.fromkeys(f for f, _, _ in planned)}
     runs = [
-        Run(worlds[family], layout, OBJECTIVES[name], settings.folder / f"run{i}_{name}.pt")
-        for i, (family, layout) in enumerate(planned)
-        for name in FAMILIES[family].objectives(settings.objectives)
+        Run(worlds[family], layout, OBJECTIVES[name], settings.folder / f"run{i}.pt")
+        for i, (family, layout, name) in enumerate(planned)
     ]
     judge = _judge(worlds)
     verdicts = []
-    for ranks in sorted({run.layout.ranks for run in runs}):
-        for run, failure in _launch([r for r in runs if r.layout.ranks == ranks], settings):
+    for _, of_size in groupby(runs, key=lambda run: run.layout.ranks):
+        for run, failure in _launch(list(of_size), settings):
             verdicts.append(judge(run, failure))
             done(verdicts[-1])
     return sorted(verdicts, key=lambda v: (settings.families.index(v.family), v.ranks))
 
 
-def _plan(settings: Settings) -> list[tuple[str, Layout]]:
-    """Choose family and layout of each run, and refuse what would prove nothing."""
+def _plan(settings: Settings) -> list[tuple[str, Layout, str]]:
+    """Choose family, layout and objective of each run, few ranks first.
+
+    Raises:
+        FlagError: Nothing is left to run, or it would prove nothing.
+    """
     max_ranks = settings.max_ranks
     if settings.device == "cuda":
-        import torch
-
         if cpu.is_needed():
             raise FlagError("--device cuda, and there is no CUDA device here; use --device cpu")
         max_ranks = min(max_ranks, torch.cuda.device_count())
@@ -129,7 +137,12 @@ def _plan(settings: Settings) -> list[tuple[str, Layout]]:
                 f"--break {settings.defect} shows only where a row is cut over ranks, and none of "
                 "the chosen layouts has context parallelism; raise --max-ranks to 2 or more"
             )
-    return planned
+    planned.sort(key=lambda chosen: chosen[1].ranks)
+    return [
+        (family, layout, name)
+        for family, layout in planned
+        for name in FAMILIES[family].objectives(settings.objectives)
+    ]
 
 
 def _judge(worlds: dict[str, World]) -> Callable[[Run, str], Verdict]:

@@ -26,11 +26,13 @@ def test_it_holds_and_leaves_a_report(tmp_path: Path) -> None:
     code, output = run(tmp_path, "--loss", "turn", "--loss", "dft")
 
     assert code == 0, output
+    assert output.startswith("6 runs on up to 2 ranks, about 1 minute on ")
     assert "exact: 6 runs on 3 layouts" in " ".join(output.split())
     verdicts = json.loads((tmp_path / "proof.json").read_text())
     assert len(verdicts) == 6 and all(v["is_exact"] for v in verdicts)
     assert all(v["gradient_error"] > 0 for v in verdicts)
-    assert "turn, DFT 0.8" in (tmp_path / "proof.md").read_text()
+    report = (tmp_path / "proof.md").read_text()
+    assert "turn, DFT 0.8" in report and "most threads of a rank's process" in report
 
 
 @pytest.mark.usefixtures("forked_ranks")
