@@ -1,9 +1,9 @@
 # Each target does all its set-up itself; `make` alone says what there is.
 .DEFAULT_GOAL := help
-.PHONY: help venv check test demo clean
+.PHONY: help venv check test test-all demo clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 venv: ## make .venv (once; needs Python >= 3.12 and 5 GB, about two minutes)
 	@tools/make_venv.sh
@@ -13,6 +13,10 @@ check: venv ## format, lint, types, layers, file sizes and the fast tests (under
 
 test: venv ## all tests, the real Megatron on CPUs included (under 20 minutes)
 	@.venv/bin/python -m pytest
+
+test-all: test ## all tests, then the whole proof into build/proof.md (15 minutes more)
+	@mkdir -p build
+	@.venv/bin/megasft prove --max-ranks 8 --report build/proof.md
 
 demo: venv ## the quickstart: from text to an answering model, TP 2 x CP 2, then DP 2 x PP 2
 	@examples/quickstart/run.sh
