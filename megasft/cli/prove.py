@@ -95,7 +95,8 @@ def prove(
     `--max-ranks`, and compares the loss, **every** gradient and the parameters after the step with
     plain Hugging Face in float64. Exit code 0 means that all of them are equal.
 
-    `megasft prove --max-ranks 2 --loss turn` takes two minutes on a laptop, everything thirteen.
+    `megasft prove --max-ranks 2 --loss turn` takes two minutes on a laptop, everything less
+    than 15 on two cores; the first line says how long it will take here.
     """
     from rich.console import Console
 
