@@ -18,6 +18,7 @@ import orjson
 import psutil
 import torch
 
+from megasft import cpu
 from megasft.errors import MegasftError
 from megasft.loss.loss_func import LossOutput
 from megasft.pretrain_sft import run
@@ -91,7 +92,8 @@ class Recorder:
 def main() -> None:
     """Run every entry of the list; what one of them raises is recorded and the next one runs."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    for entry in orjson.loads(Path(sys.argv[1]).read_bytes()):
+    cpu.remember_sources()
+    for number, entry in enumerate(orjson.loads(Path(sys.argv[1]).read_bytes())):
         path, defect = Path(entry["record"]), DEFECTS.get(entry.get("defect"))
         recorder = Recorder(path, defect)
         try:
@@ -103,6 +105,8 @@ def main() -> None:
             path.with_suffix(".error").write_text(traceback.format_exc())
             raise
         forget()
+        if number == 0:
+            gc.freeze()  # what imports have left need not be looked at after each run
     torch.distributed.destroy_process_group()
 
 

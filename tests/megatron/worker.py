@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from megasft import cpu
 from megasft.pretrain_sft import configure_logging, run
 from megasft.proof.worker import forget
 
 
 def main() -> None:
     configure_logging(rank=0)
+    cpu.remember_sources()
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         # --exit-interval ends a run through sys.exit, as a scheduler's time limit would.
         with suppress(SystemExit):

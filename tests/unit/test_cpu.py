@@ -1,10 +1,13 @@
 """Each case in a process of its own: stand-ins last as long as the process."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megasft import cpu
 
 
 def python(code: str) -> str:
@@ -164,3 +167,20 @@ import megasft
 
     assert result.returncode == 1
     assert message in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_source_of_a_class_is_read_once_where_many_runs_ask_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def getsource(thing: type) -> str:
+        asked.append(thing)
+        return f"class {thing.__name__}: ..."
+
+    monkeypatch.setattr(inspect, "getsource", getsource)
+    cpu.remember_sources()
+
+    sources = [inspect.getsource(thing) for thing in (Path, Path, int, Path)]
+    assert sources == [f"class {name}: ..." for name in ("Path", "Path", "int", "Path")]
+    assert asked == [Path, int]
