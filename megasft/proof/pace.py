@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 START_SECONDS: Final = 11.0
-RUN_SECONDS: Final = 2.5
+RUN_SECONDS: Final = 1.2
 TRUTH_SECONDS: Final = 0.3
 """CPU time of a rank's start, of its part in a run, and of judging a run (truths are shared), on
 the machine of ``docs/proof.md``. Another one is so much faster or slower at all three."""
@@ -19,7 +19,7 @@ def expected_seconds(ranks: Sequence[int], *, cores: int) -> Iterator[float]:
 
     Example:
         >>> [round(s, 1) for s in expected_seconds([1, 2, 2], cores=2)]
-        [13.8, 13.8, 2.8]
+        [12.5, 12.5, 1.5]
     """
     previous = 0
     for num in ranks:
