@@ -19,9 +19,11 @@ from megasft.cli.record_options import (
     QueryKey,
     ResponseKey,
     SystemKey,
+    TemplateKwargs,
     TemplateOption,
     TrainOn,
     TrainOnOption,
+    checked_kwargs,
     text_of,
 )
 from megasft.errors import FlagError
@@ -118,6 +120,7 @@ def build(
         ),
     ] = InText.ESCAPE,
     chat_template: TemplateOption = None,
+    template_kwargs: TemplateKwargs = "",
     stripped_thinking: Annotated[
         StrippedThinking,
         typer.Option(
@@ -166,10 +169,11 @@ def build(
     A line is `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}]}`; roles
     are system, user, assistant and tool. Each record may be of another format: `messages`,
     `sharegpt` (`conversations`, `from`, `value`), `alpaca` (`instruction`, `input`, `output`,
-    `system`, `history`) or `prompt` (`prompt` with `response`, `answer` or `completion`;
-    `question` with `answer`). Other fields are named: `--prompt-key ask --response-key reply`.
-    Every assistant message and its end-of-turn token is trained, unless `"labels": [0, 0, 1, ...]`
-    (one a message) or `--train-on` says otherwise.
+    `history`), `prompt` (`prompt` with `response`, `answer` or `completion`; `question` with
+    `answer`), `firefly`, `moss`, or `text` (pretraining). Other fields are named: `--prompt-key
+    ask --response-key reply`. Every assistant message and its end-of-turn token is trained, unless
+    its `weight`, `"labels": [0, 0, 1, ...]` (one a message) or `--train-on` says otherwise. Keys
+    that nobody reads are counted and listed.
 
     **Bad records:** all input is read and each bad record reported as file:line with its reason. If
     there is one, no store is made and the exit code is 1; `--skip-bad` makes the store without
@@ -195,6 +199,7 @@ def build(
         system_key,
         query_key,
         category_key,
+        checked_kwargs(template_kwargs),
         train_on.value,
     )
     recipe = Recipe(
@@ -226,8 +231,11 @@ def build(
 def _require_effect(format: Format, pair: tuple[str, str], beside: tuple[str, str]) -> None:
     if format not in (Format.AUTO, Format.PROMPT) and pair != ("prompt", "response"):
         raise FlagError(f"--prompt-key and --response-key have no effect with --format {format}")
-    if format in (Format.MESSAGES, Format.SHAREGPT) and any(beside):
-        raise FlagError(f"--system-key and --query-key have no effect with --format {format}")
+    system_key, query_key = beside
+    if query_key and format not in (Format.AUTO, Format.PROMPT, Format.ALPACA):
+        raise FlagError(f"--query-key has no effect with --format {format}")
+    if system_key and format is Format.TEXT:
+        raise FlagError("--system-key has no effect with --format text")
 
 
 def _limit(max_tokens: int, too_long: TooLong) -> Limit:
@@ -285,6 +293,8 @@ def _bar(console: Console, files: tuple[Location, ...]) -> Iterator[Callable[[in
 
 
 def _print_result(options: BuildOptions, tally: Tally) -> None:
+    from megasft.data import unread_keys
+
     share = 100 * tally.label_tokens / tally.tokens
     print(
         f"{options.output}: {tally.samples:,} samples, {tally.turns:,} turns, "
@@ -300,6 +310,8 @@ def _print_result(options: BuildOptions, tally: Tally) -> None:
             f"  {tally.stripped_turns:,} answers are not trained: the template leaves out their "
             "thinking (--stripped-thinking train trains them without)"
         )
+    for line in unread_keys.lines_of(unread_keys.as_meta(tally.unread)):
+        print(f"  not read: {line}")
     for reason, count in sorted(tally.rejected.items()):
         print(f"  rejected {count:,} x {reason} (listed in {options.rejected_path})")
     if tally.turns_without_stop:

@@ -15,9 +15,11 @@ from megasft.cli.record_options import (
     QueryKey,
     ResponseKey,
     SystemKey,
+    TemplateKwargs,
     TemplateOption,
     TrainOn,
     TrainOnOption,
+    checked_kwargs,
     text_of,
 )
 
@@ -59,6 +61,7 @@ def lint(
     query_key: QueryKey = "",
     train_on: TrainOnOption = TrainOn.ALL_TURNS,
     chat_template: TemplateOption = None,
+    template_kwargs: TemplateKwargs = "",
 ) -> None:
     """Find what is wrong with training data although it builds.
 
@@ -91,6 +94,7 @@ def lint(
         response_key=response_key,
         system_key=system_key,
         query_key=query_key,
+        template_kwargs=checked_kwargs(template_kwargs),
         train_on=train_on.value,
     )
     options = LintOptions(

@@ -19,6 +19,9 @@ class Format(StrEnum):
     SHAREGPT = "sharegpt"
     PROMPT = "prompt"
     ALPACA = "alpaca"
+    FIREFLY = "firefly"
+    MOSS = "moss"
+    TEXT = "text"
 
 
 class TrainOn(StrEnum):
@@ -51,10 +54,35 @@ TrainOnOption = Annotated[
         "labelled 0; labels: those labelled 1; everything: every token, prompts too"
     ),
 ]
+TemplateKwargs = Annotated[
+    str,
+    typer.Option(
+        metavar="JSON",
+        help='given to the chat template of every record, such as {"enable_thinking": false}; a '
+        "record's chat_template_kwargs come first",
+    ),
+]
 TemplateOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Jinja file, instead of the tokenizer's own template"),
 ]
+
+
+def checked_kwargs(text: str) -> str:
+    """Return the value of --template-kwargs if it is one.
+
+    Raises:
+        FlagError: It is not the JSON of an object, or names what a template is given anyway.
+    """
+    from megasft.data.conversation import BadRecordError
+    from megasft.data.record_fields import template_kwargs
+
+    try:
+        template_kwargs(text or None, "")
+    except BadRecordError as error:
+        detail = error.detail.replace("`chat_template_kwargs`", "it")
+        raise FlagError(f"--template-kwargs {text}: {detail}") from None
+    return text
 
 
 def text_of(chat_template: Path | None) -> str:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final
 import orjson
 
 import megasft
+from megasft.data import unread_keys
 from megasft.data.categories import Categories
 from megasft.data.conversation import BadRecordError, Category, UnfaithfulError
 from megasft.data.inputs import category_of, find_files
@@ -27,6 +28,7 @@ from megasft.data.read import Chunk, Source, open_sources, read_chunks
 from megasft.data.remote import Location
 from megasft.data.tokenize import Dropped, Made, Outcome, Recipe, Rejected
 from megasft.data.tokenizer_folder import TokenizerFacts
+from megasft.data.unread_keys import Seen, UnreadKey
 from megasft.data.workers import MakesSamples, Outcomes, ThisProcess, Workers
 from megasft.errors import DataError, StoreError
 from megasft.schema import TURN_FIELDS
@@ -87,9 +89,11 @@ class Tally:
     lost_labels: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     stop_ids: set[int] = field(default_factory=set)
+    unread: dict[UnreadKey, Seen] = field(default_factory=dict)
 
-    def add(self, made: Made) -> None:
-        """Count a sample that is being written."""
+    def add(self, made: Made, place: str) -> None:
+        """Count a sample that is being written, made of the record at ``file:line``."""
+        unread_keys.count(self.unread, made.unread, place)
         turns = made.sample.turns
         self.samples += 1
         self.turns += len(turns)
@@ -218,6 +222,9 @@ class _Ledger:
     file: BinaryIO
     on_rejected: Complaint
 
+    def place(self, source_index: int, made: Made) -> str:
+        return self.sources[source_index].place(made.line)
+
     def reject(self, source_index: int, bad: Rejected) -> None:
         self.tally.rejected[bad.reason] += 1
         place = self.sources[source_index].place(bad.line)
@@ -264,7 +271,7 @@ def _store(
             continue
         outcome.sample.turns[:, _CATEGORY] = category_ids
         writer.add(outcome.sample, source=chunk.source, line=outcome.line)
-        ledger.tally.add(outcome)
+        ledger.tally.add(outcome, ledger.place(chunk.source, outcome) if outcome.unread else "")
 
 
 def _judge(options: BuildOptions, tally: Tally) -> None:
@@ -301,5 +308,6 @@ def _meta(
         "special_tokens": facts.special_ids | {"end_of_turn": sorted(tally.stop_ids)},
         "categories": categories.as_meta(),
         "counts": tally.counts(),
+        "unread_keys": unread_keys.as_meta(tally.unread),
         "sources": [source.as_meta() for source in sources],
     }

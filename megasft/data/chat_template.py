@@ -69,7 +69,11 @@ class ChatTemplate:
 
     Args:
         source: Jinja source.
-        special_tokens: What the template may name, ``{"eos_token": "</s>", ...}``.
+        special_tokens: What the template may name, ``{"eos_token": "</s>", ...}``; arguments such
+            as ``enable_thinking``, too.
+
+    Attributes:
+        names: Every name by which the template may read a field of a message.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
@@ -77,7 +81,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._plain = _compile(source, _Unmarked)
         self._marked = _compile(source, _Marked) if self.has_generation_tags else self._plain
-        self.looks_for = _looked_for(source)
+        tree = _environment(_Unmarked).parse(source)
+        self.looks_for = _looked_for(tree)
+        self.names = _names(tree)
 
     def run(
         self,
@@ -164,8 +170,14 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _looked_for(source: str) -> LookedFor:
-    tree = _environment(_Unmarked).parse(source)
+def _names(tree: nodes.Template) -> frozenset[str]:
+    """Return every name a template may read a field of a message by."""
+    read = {node.attr for node in tree.find_all(nodes.Getattr)}
+    named = (node.value for node in tree.find_all(nodes.Const))
+    return frozenset(read.union(value for value in named if isinstance(value, str)))
+
+
+def _looked_for(tree: nodes.Template) -> LookedFor:
     contained, equal, edges = set[str](), set[str](), set[str]()
     for compare in tree.find_all(nodes.Compare):
         for operand in compare.ops:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from megasft.errors import DataError
@@ -17,7 +18,11 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 TRAIN_ON: Final = ("all-turns", "last-turn", "labels", "everything")
 """What is trained: all assistant messages but those labelled 0, the last one unless labelled 0,
 those labelled 1 alone, or every token of the conversation as one turn."""
-LABEL_KEYS: Final = ("label", "labels", "loss")
+LABEL_KEYS: Final = (
+    *("label", "labels", "loss", "weight", "train", "training", "trainable"),
+    *("loss_mask", "step_loss_mask", "loss_scale", "loss_weight"),
+)
+"""Keys of a message that say whether it is trained; `mask` is none, as it means both."""
 REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 MAX_RECORD_BYTES: Final = 16 * 2**20
 """Some four million tokens of one conversation; what is longer is a file without line ends."""
@@ -34,12 +39,15 @@ REASONS: Final = (
     "nothing to train",
     "bad labels",
     "bad category",
+    "media",
+    "system given twice",
     "special token in the text",
     "the template refused",
     "the template changed the message",
     "needs {% generation %}",
     "turn without tokens",
     "too long",
+    "not supported",
 )
 """Every reason a record can be rejected for."""
 
@@ -85,6 +93,7 @@ class Message(NamedTuple):
         trained: An assistant message whose tokens are labels.
         extra: Other fields the chat template may read (``tool_calls``, ``name``, ...).
         category: Its own one, where the messages of a record have several.
+        labelled: The record says itself whether it is trained.
     """
 
     role: str
@@ -92,6 +101,7 @@ class Message(NamedTuple):
     trained: bool
     extra: Mapping[str, Any]
     category: Category | None = None
+    labelled: bool = False
 
     def as_dict(self, content: str | None) -> dict[str, Any]:
         """Return what a chat template is given, with this content in place of the own one."""
@@ -100,11 +110,28 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A valid record: at least one message is trained."""
+    """A valid record: at least one message is trained.
+
+    Attributes:
+        messages: At least one; the text itself, as an answer, for pretraining text.
+        category: What the record says of it.
+        tools: Schemas of functions the model may call.
+        template_kwargs: What the chat template is given beside messages and tools.
+        is_text: Pretraining text, which no chat template sees.
+        unread: Keys of the record that nobody reads.
+    """
 
     messages: tuple[Message, ...]
     category: Category
     tools: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    is_text: bool = False
+    unread: tuple[str, ...] = ()
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether it holds anything but texts."""
+        return bool(self.tools or self.template_kwargs or any(m.extra for m in self.messages))
 
 
 def make_messages(
@@ -184,8 +211,12 @@ def _record_labels(labels: Any, *, count: int) -> list[bool] | None:
 
 
 def _flag(label: Any) -> bool:
-    if type(label) not in (int, bool) or label not in (0, 1):
-        raise BadRecordError("bad labels", f"a label is 0 or 1, not {label!r}")
+    if type(label) not in (int, bool, float) or label not in (0, 1):
+        raise BadRecordError(
+            "bad labels",
+            f"a label or weight is 0 or 1 (or false or true), not {label!r}; other weights are not "
+            "supported: write 0 or 1",
+        )
     return bool(label)
 
 
@@ -205,15 +236,20 @@ def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) 
     content = item.get("content")
     if len(item) == 2 and type(content) is str:  # nearly all: a role, a text, and nothing else
         wanted = flags[index] if flags else is_default
-        return Message(role, content, role == "assistant" and wanted, _NOTHING_ELSE)
+        trained = role == "assistant" and wanted
+        return Message(role, content, trained, _NOTHING_ELSE, labelled=flags is not None)
     own = [key for key in LABEL_KEYS if item.get(key) is not None]
     if len(own) > (flags is None):
-        raise BadRecordError("bad labels", f"message {index} is labelled twice")
+        listed = [*own, *(["the record's `labels`"] if flags else [])]
+        raise BadRecordError(
+            "bad labels", f"message {index} is labelled twice: {', '.join(listed)}; keep one"
+        )
     wanted = _flag(item[own[0]]) if own else flags[index] if flags else is_default
     skipped = {"role", "content", *LABEL_KEYS}
     extra = {k: v for k, v in item.items() if k not in skipped and v is not None}
     content = _content(item, index, may_be_absent=role == "assistant" and "tool_calls" in extra)
-    return Message(role, content, role == "assistant" and wanted, extra)
+    trained = role == "assistant" and wanted
+    return Message(role, content, trained, extra, labelled=bool(own or flags))
 
 
 def _content(item: dict[str, Any], index: int, *, may_be_absent: bool) -> str | None:

@@ -1,49 +1,41 @@
 """From a record as people store it to a conversation: one adapter a format.
 
-    messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...], "tools": ...,
+    messages   {"messages": [{"role": "user", "content": ...}, ...], "labels": [...],
                 "categories": [...]}; labels and categories, where given, have one entry a message
-    sharegpt   {"conversations": [{"from": "human", "value": ...}], "system": ..., "tools": ...}
-    prompt     {"prompt": ..., "response": ...}; --prompt-key, --response-key, and, where wanted,
-               --system-key and --query-key name other fields
-    alpaca     {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[q, a]]}
+    sharegpt   {"conversations": [{"from": "human", "value": ...}]}
+    prompt     {"prompt": ..., "response": ...}, texts or (TRL) lists of messages; --prompt-key,
+               --response-key, and, where wanted, --query-key name other fields
+    alpaca     {"instruction": ..., "input": ..., "output": ..., "history": [[q, a]]}
+    firefly    {"input": ..., "target": ...} or {"conversation": [{"human", "assistant"}, ...]}
+    moss       {"chat": {"turn_1": {"Human": ..., "MOSS": ...}, ...}}
+    text       {"text": ...}: pretraining text, one turn, ended by the eos
 
 The format is found record by record from the fields it has, so one file may mix them; ``--format``
 insists on one. Named fields come before the well-known ones. Formats that used to bring their own
 template (``Q: ... A: ...``, Alpaca's "Below is an instruction") lose it: the chat template of the
 tokenizer is what the model is asked with later. An earlier turn of ``history`` is trained as any
-other. A record may carry ``meta.category_id`` and ``meta.category_name`` in every format.
+other. Messages are alike in all formats (``message_forms.py``), and so is what stands beside them
+(``record_fields.py``): a system message, tools, categories, arguments of the template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
-import orjson
-
+from megasft.data import exact_json
 from megasft.data.conversation import (
     LABEL_KEYS,
     MAX_RECORD_BYTES,
     BadRecordError,
-    Category,
     Conversation,
-    Message,
-    category_from_field,
-    make_category,
-    make_messages,
 )
+from megasft.data.message_forms import decoded, messages_of, refuse_media
+from megasft.data.published_formats import belle_dialogue, firefly_messages, moss_messages
+from megasft.data.record_fields import FieldMap, conversation_of
 
-SPEAKERS: Final = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-"""ShareGPT's ``from`` to a role."""
+__all__ = ["FORMATS", "FieldMap", "parse"]
 
 PAIRS: Final = (
     ("prompt", "response"),
@@ -53,29 +45,6 @@ PAIRS: Final = (
 )
 """Fields of prompt and response that are known without being named."""
 _DEFAULT_PAIR: Final = PAIRS[0]
-
-
-@dataclass(frozen=True, slots=True)
-class FieldMap:
-    """Which format to expect and which fields hold prompt and response.
-
-    Attributes:
-        format: A key of ``FORMATS``, or "auto".
-        prompt_key: Field of the user's text in the prompt format.
-        response_key: Field of the assistant's text in the prompt format.
-        system_key: Field of the system message beside a prompt; empty for none.
-        query_key: Field that continues the prompt, after a line end; empty for none.
-        category_key: Field of the category, instead of ``meta``; empty for none.
-        train_on: One of ``conversation.TRAIN_ON``.
-    """
-
-    format: str = "auto"
-    prompt_key: str = "prompt"
-    response_key: str = "response"
-    system_key: str = ""
-    query_key: str = ""
-    category_key: str = ""
-    train_on: str = "all-turns"
 
 
 def parse(line: bytes, mapping: FieldMap) -> Conversation:
@@ -91,12 +60,32 @@ def parse(line: bytes, mapping: FieldMap) -> Conversation:
             "with its line",
         )
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
+        conversation = _parsed(exact_json.load(line), mapping)
+        if not conversation.has_fields:
+            return conversation
+        if exact_json.has_long_number(line):  # one of the fields may have lost digits
+            conversation = _parsed(exact_json.load_exactly(line), mapping)
+    except ValueError as error:
         raise BadRecordError("not JSON", _why_not_json(line, error)) from None
+    if b"NaN" in line or b"Infinity" in line:
+        _refuse_constants(conversation)
+    return conversation
+
+
+def _parsed(record: Any, mapping: FieldMap) -> Conversation:
     if not isinstance(record, dict):
         raise BadRecordError("not an object", f"a record is an object, this is {_kind(record)}")
+    refuse_media(record, "the record")
     return FORMATS[_format_of(record, mapping)](record, mapping)
+
+
+def _refuse_constants(conversation: Conversation) -> None:
+    extras = [message.extra for message in conversation.messages]
+    fields = [*map(dict, extras), conversation.tools, dict(conversation.template_kwargs)]
+    if exact_json.holds_constant(fields):
+        raise BadRecordError(
+            "not JSON", "a message or tool holds NaN or Infinity, which JSON has no word for"
+        )
 
 
 def _format_of(record: dict[str, Any], mapping: FieldMap) -> str:
@@ -109,50 +98,42 @@ def _format_of(record: dict[str, Any], mapping: FieldMap) -> str:
     named = (mapping.prompt_key, mapping.response_key)
     if named != _DEFAULT_PAIR and _has(record, named):
         return "prompt"
-    if _has(record, ("instruction", "output")):
+    if isinstance(record.get("conversation"), list) or _has(record, ("input", "target")):
+        return "firefly"
+    if isinstance(record.get("chat"), dict):
+        return "moss"
+    if "instruction" in record and _has(record, ("output",)):
         return "alpaca"
     if _has(record, named) or any(_has(record, pair) for pair in PAIRS):
         return "prompt"
+    if record.get("text") is not None:
+        return "text"
     raise BadRecordError(
         "missing field",
-        f"no `messages`, no `conversations`, no `instruction` with `output`, and not both of "
-        f"`{mapping.prompt_key}` and `{mapping.response_key}` (--prompt-key, --response-key); "
+        f"no `messages`, `conversations`, `conversation`, `chat` or `text`, no `instruction` with "
+        f"`output`, no `input` with `target`, and not both of `{mapping.prompt_key}` and "
+        f"`{mapping.response_key}` (--prompt-key, --response-key); "
         f"it has {', '.join(map(_shown, list(record.items())[:8])) or 'no field'}",
     )
 
 
 def _from_messages(record: dict[str, Any], mapping: FieldMap) -> Conversation:
-    raw = _list(record, "messages")
-    made = _conversation(record, raw, record.get("labels"), mapping)
-    own = record.get("categories")
-    return made if own is None else replace(made, messages=_categorized(made.messages, own))
-
-
-def _categorized(messages: tuple[Message, ...], own: Any) -> tuple[Message, ...]:
-    """Give each message its entry of ``categories``: a name, an id, an object or null."""
-    if not isinstance(own, list) or len(own) != len(messages):
-        raise BadRecordError(
-            "bad category", f"`categories` must be a list of {len(messages)} (one a message)"
-        )
-    return tuple(
-        message if entry is None else message._replace(category=_category(entry))
-        for message, entry in zip(messages, own, strict=True)
-    )
-
-
-def _category(entry: Any) -> Category:
-    if isinstance(entry, dict):
-        return make_category(entry)
-    return category_from_field({"categories": entry}, "categories")
+    return _from_list(record, mapping, "messages")
 
 
 def _from_sharegpt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
-    raw = [_spoken(item, i) for i, item in enumerate(_list(record, "conversations"))]
-    labels, system = record.get("labels"), record.get("system")
-    if system:
-        raw = [{"role": "system", "content": system}, *raw]
-        labels = [0, *labels] if isinstance(labels, list) else labels
-    return _conversation(record, raw, labels, mapping)
+    return _from_list(record, mapping, "conversations")
+
+
+def _from_list(record: dict[str, Any], mapping: FieldMap, key: str) -> Conversation:
+    return conversation_of(
+        record,
+        _list(record, key),
+        mapping,
+        read=(key, "labels", "categories"),
+        labels=record.get("labels"),
+        categories=record.get("categories"),
+    )
 
 
 def _from_prompt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
@@ -160,12 +141,12 @@ def _from_prompt(record: dict[str, Any], mapping: FieldMap) -> Conversation:
     others = PAIRS if named == _DEFAULT_PAIR else ()
     prompt_key, response_key = next((p for p in (named, *others) if _has(record, p)), named)
     keys = (prompt_key, mapping.query_key)
-    raw = [*_system(record, mapping.system_key), *_exchange(record, keys, response_key)]
-    return _conversation(record, raw, None, mapping)
+    raw = _exchange(record, keys, response_key)
+    return conversation_of(record, raw, mapping, read=(*keys, response_key))
 
 
 def _from_alpaca(record: dict[str, Any], mapping: FieldMap) -> Conversation:
-    raw = _system(record, mapping.system_key or "system")
+    raw: list[Any] = []
     history = record.get("history") or []
     for number, turn in enumerate(history if isinstance(history, list) else [history]):
         if not isinstance(turn, list) or len(turn) != 2:
@@ -176,8 +157,28 @@ def _from_alpaca(record: dict[str, Any], mapping: FieldMap) -> Conversation:
             {"role": role, "content": text}
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-    raw += _exchange(record, ("instruction", mapping.query_key or "input"), "output")
-    return _conversation(record, raw, None, mapping)
+    keys = ("instruction", mapping.query_key or "input")
+    raw += belle_dialogue(record) or _exchange(record, keys, "output")
+    return conversation_of(record, raw, mapping, read=(*keys, "output", "history"))
+
+
+def _from_firefly(record: dict[str, Any], mapping: FieldMap) -> Conversation:
+    if record.get("conversation") is not None:
+        raw = firefly_messages(_list(record, "conversation"))
+        return conversation_of(record, raw, mapping, read=("conversation",))
+    raw = _exchange(record, ("input", ""), "target")
+    return conversation_of(record, raw, mapping, read=("input", "target"))
+
+
+def _from_moss(record: dict[str, Any], mapping: FieldMap) -> Conversation:
+    raw = moss_messages(record.get("chat"))
+    return conversation_of(record, raw, mapping, read=("chat", "num_turns"))
+
+
+def _from_text(record: dict[str, Any], mapping: FieldMap) -> Conversation:
+    raw = [{"role": "assistant", "content": _text(record, "text")}]
+    made = conversation_of(record, raw, mapping, read=("text",))
+    return replace(made, is_text=True)
 
 
 Adapter = Callable[[dict[str, Any], FieldMap], Conversation]
@@ -187,48 +188,33 @@ FORMATS: Final[dict[str, Adapter]] = {
     "sharegpt": _from_sharegpt,
     "prompt": _from_prompt,
     "alpaca": _from_alpaca,
+    "firefly": _from_firefly,
+    "moss": _from_moss,
+    "text": _from_text,
 }
-
-
-def _conversation(
-    record: dict[str, Any], raw: list[Any], labels: Any, mapping: FieldMap
-) -> Conversation:
-    messages = make_messages(raw, labels, train_on=mapping.train_on)
-    if mapping.category_key:
-        category = category_from_field(record, mapping.category_key)
-    else:
-        category = make_category(record.get("meta"))
-    return Conversation(messages, category, _tools(record.get("tools")))
-
-
-def _tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
-    if isinstance(tools, str) and tools:  # tables hold them as text
-        try:
-            tools = orjson.loads(tools)
-        except orjson.JSONDecodeError as error:
-            raise BadRecordError("wrong type", f"`tools` is not JSON: {error}") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRecordError("wrong type", "`tools` must be a list of objects")
-    return tuple(tools)
-
-
-def _system(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": _text(record, key)}] if record.get(key) else []
 
 
 def _exchange(
     record: dict[str, Any], prompt_keys: tuple[str, str], response_key: str
 ) -> list[dict[str, Any]]:
+    """Return the messages of a prompt and its answer; either may be a list of messages already."""
     prompt_key, query_key = prompt_keys
-    parts = [_text(record, prompt_key)]
-    if query_key and record.get(query_key):
-        parts.append(_text(record, query_key))
-    return [
-        {"role": "user", "content": "\n".join(parts)},
-        {"role": "assistant", "content": _text(record, response_key)},
-    ]
+    asked, answer = record.get(prompt_key), record.get(response_key)
+    if isinstance(asked, list) and asked:
+        asked = [_unlabelled(message) for message in messages_of(asked)]
+    else:
+        query = _text(record, query_key) if query_key and record.get(query_key) else ""
+        parts = [] if query and not asked else [_text(record, prompt_key)]
+        asked = [{"role": "user", "content": "\n".join([*parts, query] if query else parts)}]
+    if isinstance(answer, list) and answer:
+        return [*asked, *answer]
+    return [*asked, {"role": "assistant", "content": _text(record, response_key)}]
+
+
+def _unlabelled(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of a prompt, which is not trained unless it says so itself."""
+    has_label = message["role"] != "assistant" or any(key in message for key in LABEL_KEYS)
+    return message if has_label else {**message, "label": 0}
 
 
 def _text(record: dict[str, Any], key: str) -> str:
@@ -249,7 +235,7 @@ def _shown(field: tuple[str, Any]) -> str:
     return f"`{field[0]}`" + (" (null)" if field[1] is None else "")
 
 
-def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+def _why_not_json(line: bytes, error: ValueError) -> str:
     try:
         line.decode()
     except UnicodeDecodeError as fault:
@@ -257,30 +243,15 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
     return str(error)
 
 
-def _spoken(item: Any, index: int) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise BadRecordError("wrong type", f"message {index} is not an object")
-    for key in ("from", "value"):
-        if key not in item:
-            raise BadRecordError("missing field", f"message {index} has no `{key}`")
-    speaker = item["from"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        known = ", ".join(SPEAKERS)
-        raise BadRecordError(
-            "unknown role", f"message {index} is from {speaker!r}; known are {known}"
-        )
-    labels = {key: item[key] for key in LABEL_KEYS if key in item}
-    return {"role": SPEAKERS[speaker], "content": item["value"], **labels}
-
-
 def _list(record: dict[str, Any], key: str) -> list[Any]:
     if key not in record:
         raise BadRecordError("missing field", f"no `{key}`")
-    if not isinstance(record[key], list):
-        raise BadRecordError("wrong type", f"`{key}` must be a list, not {_kind(record[key])}")
-    if not record[key]:
+    value = decoded(record[key], f"`{key}`")
+    if not isinstance(value, list):
+        raise BadRecordError("wrong type", f"`{key}` must be a list, not {_kind(value)}")
+    if not value:
         raise BadRecordError("no assistant turn", f"`{key}` is empty")
-    return list(record[key])
+    return value
 
 
 def _kind(value: Any) -> str:

@@ -17,10 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import orjson
-
+from megasft.data import exact_json
 from megasft.data.conversation import (
-    LABEL_KEYS,
     MAX_RECORD_BYTES,
     BadRecordError,
     Category,
@@ -70,6 +68,8 @@ def _fits(chain: list[_Link], link: _Link) -> bool:
         and new is not None
         and _system(chain[0].conversation) == _system(new)
         and last.tools == new.tools
+        and last.template_kwargs == new.template_kwargs
+        and not (last.is_text or new.is_text)
         and last.messages[-1].role == "assistant"
         and all(link.raw != other.raw for other in chain)
         and 2 * (sum(len(other.raw) for other in chain) + len(link.raw)) < MAX_RECORD_BYTES
@@ -87,11 +87,11 @@ def _written(chain: list[_Link]) -> bytes:
     messages: list[Message] = []
     labelled: list[bool] = []
     categories: list[Category] = []
-    for number, (raw, conversation) in enumerate(chain):
+    for number, (_, conversation) in enumerate(chain):
         assert conversation is not None
         skipped = 1 if number and conversation.messages[0].role == "system" else 0
         messages += conversation.messages[skipped:]
-        labelled += _has_own_label(raw, conversation)[skipped:]
+        labelled += [message.labelled for message in conversation.messages[skipped:]]
         own = [message.category or conversation.category for message in conversation.messages]
         categories += own[skipped:]
     answers = [has for has, m in zip(labelled, messages, strict=True) if m.role == "assistant"]
@@ -99,25 +99,15 @@ def _written(chain: list[_Link]) -> bytes:
         listed, inline = {"labels": [int(m.trained) for m in messages]}, [False] * len(messages)
     else:
         listed, inline = {}, labelled
-    tools = chain[0].conversation.tools if chain[0].conversation else None
+    first = chain[0].conversation
+    beside = {"tools": first.tools, "chat_template_kwargs": first.template_kwargs} if first else {}
     record: dict[str, Any] = {
         "messages": [_message(m, inline[i]) for i, m in enumerate(messages)],
         **listed,
         "categories": [_entry(category) for category in categories],
-        **({"tools": tools} if tools else {}),
+        **{key: value for key, value in beside.items() if value},
     }
-    return orjson.dumps(record)
-
-
-def _has_own_label(raw: bytes, conversation: Conversation) -> list[bool]:
-    """Say of each message whether its record labels it; what is not labelled must stay so."""
-    record = orjson.loads(raw)
-    count = len(conversation.messages)
-    if isinstance(record.get("labels"), list):
-        return [True] * count
-    listed = record.get("messages") or record.get("conversations") or []
-    own = [any(item.get(key) is not None for key in LABEL_KEYS) for item in listed]
-    return [False] * (count - len(own)) + own  # ShareGPT's system message is not in the list
+    return exact_json.dump(record)
 
 
 def _message(message: Message, has_label: bool) -> dict[str, Any]:

@@ -79,6 +79,8 @@ class RenderOptions:
 
 
 _DEFAULT: Final = RenderOptions()
+_SPARED: Final = {"tool_calls", "tool_call_id", "name", *REASONING_KEYS}
+"""Keys that a template may leave out: they repeat what is known, or are looked for elsewhere."""
 
 
 class Renderer:
@@ -86,7 +88,8 @@ class Renderer:
 
     Args:
         template: Jinja source.
-        special_tokens: What the template may name, ``{"eos_token": "</s>", ...}``.
+        special_tokens: What the template may name, ``{"eos_token": "</s>", ...}``; arguments such
+            as ``enable_thinking``, too.
         stops: Special tokens that can end a turn.
         specials: Special tokens in the texts, and what becomes of them; None leaves them alone.
         options: How conversations are rendered.
@@ -107,6 +110,11 @@ class Renderer:
         self._skeletons: dict[Shape, Skeleton | BadRecordError | None] = {}
         self._hidden: dict[Shape, Skeleton] = {}
         self._num_checked = self._remembered = 0
+
+    def unread(self, conversation: Conversation) -> list[str]:
+        """Return the keys of messages that this template does not read."""
+        names, keys = self._template.names, [key for m in conversation.messages for key in m.extra]
+        return [key for key in dict.fromkeys(keys) if key not in names and key not in _SPARED]
 
     def render(self, conversation: Conversation, *, check: bool = False) -> Rendered:
         """Render a conversation and find its trained turns.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from megasft.data.unread_keys import lines_of
 from megasft.schema import NO_CATEGORY, TURN_FIELDS
 from megasft.store import TokenStore
 
@@ -86,6 +87,7 @@ def facts(store: TokenStore) -> list[tuple[str, str]]:
                 "their thinking",
             )
         )
+    lines += [("not read", line) for line in lines_of(meta.get("unread_keys", []))]
     if counts["turns_without_stop"]:
         lines.append(("warning", f"{counts['turns_without_stop']:,} turns have no stop token"))
     if counts["border_tokens"]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
+from megasft.data import exact_json
 from megasft.data.conversation import BadRecordError, Category, Conversation
 from megasft.data.encode import Encoder, HuggingFaceEncoder, make_encoder, trained_tokens
 from megasft.data.formats import FieldMap, parse
@@ -26,11 +27,13 @@ from megasft.data.specials import SpecialTokens
 from megasft.data.tokenizer_folder import TokenizerFacts, open_folder
 from megasft.data.too_long import Limit, shorten
 from megasft.data.turn_bounds import Span
+from megasft.data.unread_keys import OF_MESSAGE, OF_RECORD, UnreadKey
 from megasft.schema import NO_CATEGORY, TURN_FIELDS, Sample
 
 CHECK_EVERY: Final = 512
 """Of so many records one is rendered and encoded by the references, too, and compared."""
 _AUTO: Final = FieldMap()
+_MAX_RENDERERS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Made(NamedTuple):
         stripped: Messages not trained because the template leaves out their thinking.
         lost_tokens: Tokens cut off because the sample was too long.
         lost_labels: Trained tokens among them.
+        unread: Keys of the record, and of its messages, that nobody reads.
     """
 
     line: int
@@ -78,6 +82,7 @@ class Made(NamedTuple):
     stripped: int = 0
     lost_tokens: int = 0
     lost_labels: int = 0
+    unread: tuple[UnreadKey, ...] = ()
 
 
 class Rejected(NamedTuple):
@@ -118,7 +123,7 @@ class Tokenizer:
         self._folder = open_folder(recipe.tokenizer, chat_template=recipe.chat_template)
         self._specials = SpecialTokens(self._folder.control_tokens(), recipe.special_tokens_in_text)
         self._stops = self._folder.stops
-        self._renderers: dict[bool, Renderer] = {}
+        self._renderers: dict[tuple[bool, str], Renderer] = {}
         backend = self._folder.hf.backend_tokenizer
         self._source = backend.to_str()
         self._reference = HuggingFaceEncoder(backend, str(recipe.tokenizer))
@@ -156,19 +161,49 @@ class Tokenizer:
             conversation: What to render.
             check: Compare the render with the template's own.
         """
-        has_tools = bool(conversation.tools)
-        if has_tools not in self._renderers:
-            self._renderers[has_tools] = Renderer(
-                self._folder.template(has_tools=has_tools),
-                special_tokens=self._folder.hf.special_tokens_map,
-                stops=self._stops,
-                specials=self._specials,
-                options=self._recipe.rendering,
-            )
-        rendered = self._renderers[has_tools].render(conversation, check=check)
+        if conversation.is_text:
+            return self._render_text(conversation)
+        rendered = self._renderer(conversation).render(conversation, check=check)
         if self._recipe.fields.train_on == "everything":
             return rendered._replace(spans=(Span(0, len(rendered.text), None, 0),))
         return rendered
+
+    def _renderer(self, conversation: Conversation) -> Renderer:
+        has_tools, arguments = bool(conversation.tools), ""
+        if conversation.template_kwargs:
+            arguments = self._arguments_of(conversation)
+        if (found := self._renderers.get((has_tools, arguments))) is not None:
+            return found
+        if len(self._renderers) == _MAX_RENDERERS:  # arguments that are others in each record
+            self._renderers.clear()
+        made = self._renderers[has_tools, arguments] = Renderer(
+            self._folder.template(has_tools=has_tools),
+            special_tokens={**self._folder.hf.special_tokens_map, **conversation.template_kwargs},
+            stops=self._stops,
+            specials=self._specials,
+            options=self._recipe.rendering,
+        )
+        return made
+
+    def _arguments_of(self, conversation: Conversation) -> str:
+        arguments = exact_json.dump(conversation.template_kwargs).decode()
+        found = None if self._specials.policy == "keep" else self._specials.find(arguments)
+        if found is not None:
+            raise self._specials.refuse(found, "in chat_template_kwargs; take it out there")
+        return arguments
+
+    def _render_text(self, conversation: Conversation) -> Rendered:
+        """Return pretraining text and its eos: one turn, and no chat template sees it."""
+        text, eos = str(conversation.messages[0].content), self._folder.hf.eos_token
+        if eos is None:
+            raise BadRecordError("not supported", "the tokenizer has no eos to end a `text` with")
+        policy, found = self._specials.policy, self._specials.find(text)
+        if found is not None and policy == "reject":
+            raise self._specials.refuse(found, "(--special-tokens-in-text escape, or keep)")
+        must_hide = found is not None and policy == "escape"
+        whole = text + (self._specials.hide(eos) if must_hide else eos)
+        span = Span(0, len(whole), eos, 0)
+        return Rendered(whole, (span,), is_hidden=must_hide)
 
     def _encode(self, items: list[_Ready]) -> dict[int, Outcome]:
         checked = [item.rendered.text for item in items if item.line % CHECK_EVERY == 1]
@@ -235,8 +270,16 @@ class Tokenizer:
             tuple(i for i, span in zip(stop_ids, spans, strict=True) if span.stop is not None),
             num_border_tokens,
             item.rendered.stripped,
+            unread=self._unread(item.conversation),
         )
         return self._fit(made) if self._recipe.limit.exceeded_by(sample) else made
+
+    def _unread(self, conversation: Conversation) -> tuple[UnreadKey, ...]:
+        unread = [UnreadKey(OF_RECORD, key) for key in conversation.unread]
+        if any(message.extra for message in conversation.messages) and not conversation.is_text:
+            keys = self._renderer(conversation).unread(conversation)
+            unread += [UnreadKey(OF_MESSAGE, key) for key in keys]
+        return tuple(unread)
 
     def _fit(self, made: Made) -> Outcome:
         limit, size = self._recipe.limit, len(made.sample.tokens)

@@ -157,6 +157,13 @@ RULES: Final[dict[str, Rule]] = {
         "mend the record, or build with --skip-bad to go on without it",
         OnBuild(),
     ),
+    "unread-meaning": Rule(
+        _E, "records",
+        "a key that sounds like a label, a prompt, an answer, a tool or a picture is not read",
+        "rename it to a key that is read (megasft/data/README.md lists them), or remove it; if it "
+        "means something else, --ignore unread-meaning",
+        OnStore(store_rules.unread_meaning),
+    ),
     "empty-answer": Rule(
         _W, "turns",
         "the answer is nothing but white space and a stop token: the model learns to say nothing",
@@ -298,6 +305,12 @@ RULES: Final[dict[str, Rule]] = {
         "the sample is at least 16 times as long as the median one",
         "look at it with `megasft inspect STORE --sample N`; build with --max-tokens N",
         OnStore(store_rules.very_long),
+    ),
+    "unread-key": Rule(
+        _N, "records",
+        "a key is not read by megasft, nor by the chat template",
+        "nothing, if it is an id or a score; else rename it to a key that is read",
+        OnStore(store_rules.unread_key),
     ),
     "left-out": Rule(
         _N, "records",

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megasft.data import unread_keys
 from megasft.data.lint.blocks import Block, Ints, blocks
 from megasft.data.lint.vocabulary import Vocabulary, flags
 from megasft.schema import TURN_FIELDS
@@ -154,6 +155,26 @@ def left_out(subject: Subject) -> Hits:
     reasons |= {name: int(counts.get(key, 0)) for key, name in _LEFT_OUT.items()}
     detail = "; ".join(f"{num:,} x {reason}" for reason, num in reasons.items() if num)
     return Hits(sum(reasons.values()), [], detail, int(counts.get("conversations", 0)))
+
+
+def unread_key(subject: Subject) -> Hits:
+    """Report the keys of records and messages that nobody reads."""
+    return _unread(subject, meant=False)
+
+
+def unread_meaning(subject: Subject) -> Hits:
+    """Report those that sound like a label, a prompt, an answer, a tool or a picture."""
+    return _unread(subject, meant=True)
+
+
+def _unread(subject: Subject, *, meant: bool) -> Hits:
+    meta = subject.store.meta
+    found = [
+        key for key in meta.get("unread_keys", []) if unread_keys.sounds_meant(key["key"]) is meant
+    ]
+    detail = "; ".join(unread_keys.lines_of(found))
+    num_records = max((key["num_records"] for key in found), default=0)
+    return Hits(num_records, [], detail, int(meta.get("counts", {}).get("conversations", 0)))
 
 
 def _longer_than(lengths: npt.NDArray[np.integer[Any]], limit: int) -> Hits:

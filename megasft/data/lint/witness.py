@@ -64,6 +64,7 @@ class Transformers:
                 chat_template=self._template(tools),
                 tokenize=False,
                 add_generation_prompt=asks,
+                **conversation.template_kwargs,
             )
         except Exception as error:  # a template can raise anything, and transformers as much
             raise UncheckableError(f"the chat template says: {error}") from None

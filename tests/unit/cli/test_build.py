@@ -24,7 +24,7 @@ Megasft = Callable[..., Seen]
     ("line", "reason"),
     [
         ('{"messages": [', "not JSON"),
-        ('{"text": "Hi"}', "missing field"),
+        ('{"document": "Hi"}', "missing field"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
         (GOOD.replace('"user"', '"narrator"'), "unknown role"),
     ],

@@ -79,7 +79,7 @@ def test_category_of_meta_is_read_and_an_empty_name_is_none() -> None:
         ("not JSON", b'{"messages": ['),
         ("not JSON", b'{"messages": "\xff"}'),
         ("not an object", ["a"]),
-        ("missing field", {"text": "Hi"}),
+        ("missing field", {"document": "Hi"}),
         ("missing field", {"prompt": "Hi"}),
         ("missing field", {"messages": [{"content": "Hi"}, ASSISTANT]}),
         ("missing field", {"messages": [{"role": "user"}, ASSISTANT]}),

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from megasft.data import unread_keys
 from megasft.data.lint import store_rules
+from megasft.severity import Severity
 from megasft.store import TokenStore
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -20,6 +22,8 @@ def _long(path: Path) -> TokenStore:
     return made(path, *short, ([START, *[10] * 5000, STOP], [(5000, 2)]))
 
 
+SCORE = {"place": "record", "key": "score", "num_records": 2, "first": "chats.jsonl:1"}
+MASK = {"place": "message", "key": "loss_masks", "num_records": 1, "first": "chats.jsonl:3"}
 FIRES: dict[str, Callable[[Path], TokenStore]] = {
     "never-stops": lambda path: made(path, NEVER),
     "duplicate-conversation": lambda path: made(path, SOUND, OTHER, SOUND),
@@ -29,6 +33,8 @@ FIRES: dict[str, Callable[[Path], TokenStore]] = {
     "left-out": lambda path: made(
         path, SOUND, counts={"conversations": 3, "rejected": {"not JSON": 2}}
     ),
+    "unread-key": lambda path: made(path, SOUND, unread_keys=[SCORE]),
+    "unread-meaning": lambda path: made(path, SOUND, unread_keys=[MASK, SCORE]),
     "very-long": _long,
     "longer-than-model": lambda path: made(path, SOUND),  # with a tokenizer, below
 }
@@ -39,6 +45,28 @@ OF_TOKENIZER = "longer-than-model"
 def test_a_rule_fires_on_its_store_and_is_silent_on_a_sound_one(rule: str, tmp_path: Path) -> None:
     assert rule in lint(FIRES[rule](tmp_path / "bad"))
     assert lint(made(tmp_path / "good", SOUND, OTHER)) == {}
+
+
+def test_an_unread_key_that_sounds_like_a_label_is_an_error_with_its_first_line(
+    tmp_path: Path,
+) -> None:
+    findings = lint(made(tmp_path / "store", SOUND, unread_keys=[MASK, SCORE]))
+    assert findings["unread-key"].severity is Severity.NOTE
+    assert findings["unread-meaning"].severity is Severity.ERROR
+    assert findings["unread-meaning"].detail == (
+        "`loss_masks` of a message: in 1 records, first at chats.jsonl:3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("meant", "keys"),
+    [
+        (True, ["mask", "loss_weights", "trainOn", "prompt_text", "INPUT", "images_b64"]),
+        (False, ["id", "score", "source", "prompt_id", "num_tokens", "answer_length"]),
+    ],
+)
+def test_a_key_sounds_like_a_label_by_its_words(meant: bool, keys: list[str]) -> None:
+    assert [unread_keys.sounds_meant(key) for key in keys] == [meant] * len(keys)
 
 
 def test_a_repeat_names_the_first_of_its_kind(tmp_path: Path) -> None:
