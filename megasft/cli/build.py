@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from megasft.data.build import BuildOptions, Tally
+    from megasft.data.held_out import Both
     from megasft.data.remote import Location
     from megasft.data.too_long import Limit
 
@@ -128,16 +130,38 @@ def build(
             "turns): mask does not train it, train trains it without, reject rejects the record"
         ),
     ] = StrippedThinking.MASK,
+    mask_thinking: Annotated[
+        bool, typer.Option("--mask-thinking", help="train answers without their thinking")
+    ] = False,
+    mask_tool_calls: Annotated[
+        bool, typer.Option("--mask-tool-calls", help="train answers without their tool calls")
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option(min=0, metavar="N", help="longest sample; 0: any length")
+    ] = 0,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="longest prompt of a turn; 0: any length")
+    ] = 0,
+    max_answer_tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="longest answer; 0: any length")
     ] = 0,
     too_long: Annotated[
         TooLong,
         typer.Option(
-            help="beyond --max-tokens: truncate-turns cuts behind the last turn that fits (drops "
+            help="beyond --max-*-tokens: truncate-turns cuts behind the last turn that fits (drops "
             "if none does), drop, truncate cuts anywhere, error rejects the record"
         ),
     ] = TooLong.TRUNCATE_TURNS,
+    valid_fraction: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="F",
+            help="hold out about this share of the conversations, by a hash of what they say, and "
+            "make the store OUTPUT-valid of them",
+        ),
+    ] = 0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="make the store without the bad records")
     ] = False,
@@ -178,20 +202,27 @@ def build(
     **Bad records:** all input is read and each bad record reported as file:line with its reason. If
     there is one, no store is made and the exit code is 1; `--skip-bad` makes the store without
     them and counts them by reason in store.json. All of them are listed in STORE.rejected.jsonl.
+
+    **Validation:** `--valid-fraction 0.02` makes a second store, STORE-valid. So does a folder with
+    files such as train.json and eval.json, of the latter.
     """
     from rich.console import Console
 
     from megasft.data.build import BuildOptions
     from megasft.data.build import build as build_store
     from megasft.data.formats import FieldMap
-    from megasft.data.inputs import find_files
+    from megasft.data.held_out import build_both
+    from megasft.data.inputs import find_splits
     from megasft.data.render import RenderOptions
     from megasft.data.tokenize import Recipe
 
     _require_effect(format, (prompt_key, response_key), (system_key, query_key))
     if category and category_from_file:
         raise FlagError("--category and --category-from-file name the same thing; drop one")
-    files = tuple(find_files((*inputs, *(more_inputs or ()))))
+    train_files, valid_files = find_splits((*inputs, *(more_inputs or ())))
+    if valid_fraction and valid_files:
+        raise FlagError(f"{inputs[0]} has files held out already; drop --valid-fraction")
+    files = tuple(train_files)
     fields = FieldMap(
         format.value,
         prompt_key,
@@ -207,8 +238,10 @@ def build(
         fields,
         special_tokens_in_text=special_tokens_in_text.value,
         chat_template=text_of(chat_template),
-        rendering=RenderOptions(stripped_thinking.value, check_all=render is Render.JINJA),
-        limit=_limit(max_tokens, too_long),
+        rendering=RenderOptions(
+            stripped_thinking.value, render is Render.JINJA, mask_thinking, mask_tool_calls
+        ),
+        limit=_limit(too_long, max_tokens, max_prompt_tokens, max_answer_tokens),
         encoder=encoder.value,
     )
     options = BuildOptions(
@@ -223,9 +256,24 @@ def build(
         category_from_file=category_from_file,
     )
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with _bar(console, files) as on_bytes:
-        tally = build_store(options, on_bytes=on_bytes, on_rejected=_Complaints(console))
-    _print_result(options, tally)
+    held_out = _held_out(options, tuple(valid_files), valid_fraction)
+    complain = _Complaints(console)
+
+    def make(wanted: BuildOptions, files: tuple[Location, ...]) -> Tally:
+        with _bar(console, files) as on_bytes:
+            return build_store(wanted, on_bytes=on_bytes, on_rejected=complain)
+
+    if held_out is None:
+        _print_result(options, make(options, files))
+        return
+    train, valid = held_out
+    both = build_both(
+        lambda: make(train, files),
+        lambda: make(valid, tuple(valid_files) or files),
+        valid.output,
+    )
+    _print_result(train, both.train)
+    _print_result(valid, both.valid)
 
 
 def _require_effect(format: Format, pair: tuple[str, str], beside: tuple[str, str]) -> None:
@@ -238,15 +286,33 @@ def _require_effect(format: Format, pair: tuple[str, str], beside: tuple[str, st
         raise FlagError("--system-key has no effect with --format text")
 
 
-def _limit(max_tokens: int, too_long: TooLong) -> Limit:
+def _held_out(
+    options: BuildOptions, files: tuple[Location, ...], fraction: float
+) -> Both[BuildOptions] | None:
+    """Return how both stores are made; None if nothing is held out."""
+    from megasft.data.held_out import Both, Part, valid_output
+
+    output = valid_output(options.output)
+    if files:
+        return Both(options, replace(options, inputs=files, output=output))
+    if not fraction:
+        return None
+    train, valid = (
+        replace(options, recipe=replace(options.recipe, part=Part(fraction, is_valid)))
+        for is_valid in (False, True)
+    )
+    return Both(train, replace(valid, output=output))
+
+
+def _limit(too_long: TooLong, max_tokens: int, max_prompt: int, max_answer: int) -> Limit:
     from megasft.data.too_long import Limit
 
-    if not max_tokens and too_long is not TooLong.TRUNCATE_TURNS:
+    if not (max_tokens or max_prompt or max_answer) and too_long is not TooLong.TRUNCATE_TURNS:
         raise FlagError(
-            f"--too-long {too_long.value} has no effect without --max-tokens; say how long a "
-            "sample may be"
+            f"--too-long {too_long.value} has no effect without --max-tokens, --max-prompt-tokens "
+            "or --max-answer-tokens; say how long a sample may be"
         )
-    return Limit(max_tokens, too_long.value)
+    return Limit(max_tokens, too_long.value, max_prompt, max_answer)
 
 
 def _fitting_workers(files: tuple[Location, ...]) -> int:

@@ -26,7 +26,7 @@ from megasft.data.conversation import BadRecordError, Category, UnfaithfulError
 from megasft.data.inputs import category_of, find_files
 from megasft.data.read import Chunk, Source, open_sources, read_chunks
 from megasft.data.remote import Location
-from megasft.data.tokenize import Dropped, Made, Outcome, Recipe, Rejected
+from megasft.data.tokenize import Dropped, Elsewhere, Made, Outcome, Recipe, Rejected
 from megasft.data.tokenizer_folder import TokenizerFacts
 from megasft.data.unread_keys import Seen, UnreadKey
 from megasft.data.workers import MakesSamples, Outcomes, ThisProcess, Workers
@@ -90,12 +90,14 @@ class Tally:
     rejected: Counter[str] = field(default_factory=Counter)
     stop_ids: set[int] = field(default_factory=set)
     unread: dict[UnreadKey, Seen] = field(default_factory=dict)
+    texts: int = 0
 
     def add(self, made: Made, place: str) -> None:
         """Count a sample that is being written, made of the record at ``file:line``."""
         unread_keys.count(self.unread, made.unread, place)
         turns = made.sample.turns
         self.samples += 1
+        self.texts += made.is_text
         self.turns += len(turns)
         self.tokens += len(made.sample.tokens)
         self.label_tokens += int(turns[:, TURN_FIELDS.index("num_tokens")].sum())
@@ -257,6 +259,8 @@ def _store(
     chunk: Chunk, outcomes: Outcomes, writer: StoreWriter, categories: Categories, ledger: _Ledger
 ) -> None:
     for outcome in outcomes:
+        if isinstance(outcome, Elsewhere):
+            continue
         ledger.tally.conversations += 1
         if isinstance(outcome, Rejected):
             ledger.reject(chunk.source, outcome)
@@ -302,12 +306,16 @@ def _meta(
             "fields": asdict(recipe.fields),
             "special_tokens_in_text": recipe.special_tokens_in_text,
             "stripped_thinking": recipe.rendering.stripped_thinking,
+            "mask_thinking": recipe.rendering.mask_thinking,
+            "mask_tool_calls": recipe.rendering.mask_tool_calls,
             "limit": asdict(recipe.limit),
+            "part": asdict(recipe.part) if recipe.part else None,
         },
         "tokenizer": facts.meta,
         "special_tokens": facts.special_ids | {"end_of_turn": sorted(tally.stop_ids)},
         "categories": categories.as_meta(),
         "counts": tally.counts(),
+        "texts": tally.texts,
         "unread_keys": unread_keys.as_meta(tally.unread),
         "sources": [source.as_meta() for source in sources],
     }

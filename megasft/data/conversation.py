@@ -48,6 +48,7 @@ REASONS: Final = (
     "turn without tokens",
     "too long",
     "not supported",
+    "failed",
 )
 """Every reason a record can be rejected for."""
 

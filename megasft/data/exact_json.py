@@ -38,7 +38,8 @@ def load(data: bytes | str) -> Any:
             value = json.loads(data, parse_constant=constant)
         except (ValueError, RecursionError):
             raise error from None
-        if not num_constants:  # the standard library takes other things, too, that are not JSON
+        # The standard library takes other things, too, that are not JSON.
+        if not num_constants and not has_long_number(_bytes(data)):
             raise
         return value
 
@@ -54,7 +55,7 @@ def load_exactly(data: bytes | str) -> Any:
     Raises:
         ValueError: It is not JSON, or nested too deeply to be read.
     """
-    data = data.encode() if isinstance(data, str) else data
+    data = _bytes(data)
     if not has_long_number(data):
         return orjson.loads(data)
     try:
@@ -72,12 +73,18 @@ def holds_constant(value: Any) -> bool:
     return False
 
 
-def dump(value: Any) -> bytes:
+def dump(value: Any, *, sort_keys: bool = False) -> bytes:
     """Return a value as JSON, without blanks."""
     try:
-        return orjson.dumps(value, default=str)
+        return orjson.dumps(value, default=str, option=orjson.OPT_SORT_KEYS if sort_keys else None)
     except orjson.JSONEncodeError:  # beyond 64 bits, or nested beyond 254
-        return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(
+            value, default=str, ensure_ascii=False, separators=(",", ":"), sort_keys=sort_keys
+        ).encode()
+
+
+def _bytes(data: bytes | str) -> bytes:
+    return data.encode() if isinstance(data, str) else data
 
 
 def _refuse(name: str) -> NoReturn:

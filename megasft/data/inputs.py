@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
 
@@ -33,10 +33,21 @@ SUFFIXES: Final = (
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_DATA: Final = {_STATE, _SPLITS, "dataset_info.json", "dataset_infos.json"}
 _TRAIN_WORDS: Final = {"train", "training"}
-_HELD_OUT_WORDS: Final = {
-    *("test", "testing", "eval", "evaluation"),
-    *("dev", "val", "valid", "validation"),
-}
+_VALID_WORDS: Final = {"eval", "evaluation", "dev", "val", "valid", "validation"}
+_HELD_OUT_WORDS: Final = {"test", "testing", *_VALID_WORDS}
+
+
+class SeveralSplitsError(DataError):
+    """A folder holds files of training and others that are held out.
+
+    Attributes:
+        train: Names of the first, in the folder.
+        valid: Names of the others; none if any of them is of a test split.
+    """
+
+    def __init__(self, message: str, train: list[str], valid: list[str]) -> None:
+        super().__init__(message)
+        self.train, self.valid = train, valid
 
 
 def find_files(inputs: Iterable[str | Location]) -> list[Location]:
@@ -50,6 +61,21 @@ def find_files(inputs: Iterable[str | Location]) -> list[Location]:
             a URL or a dataset cannot be reached.
     """
     return [file for item in inputs for file in _files_of(item)]
+
+
+def find_splits(inputs: Sequence[str]) -> tuple[list[Location], list[Location]]:
+    """Return the files to train on and those to validate on, found by name in one folder.
+
+    Raises:
+        DataError: As ``find_files`` does; a test split is no validation split.
+    """
+    try:
+        return find_files(inputs), []
+    except SeveralSplitsError as error:
+        if len(inputs) > 1 or not error.valid or not Path(inputs[0]).is_dir():
+            raise
+        folder = Path(inputs[0])
+        return [folder / name for name in error.train], [folder / name for name in error.valid]
 
 
 def category_of(file: Location) -> str:
@@ -150,10 +176,14 @@ def _require_one_split(folder: _Folder, names: list[str]) -> None:
     train = [name for name in names if words[name] & _TRAIN_WORDS]
     held_out = [name for name in names if words[name] & _HELD_OUT_WORDS and name not in train]
     if train and held_out:
-        raise DataError(
+        is_valid = all(words[name] & _VALID_WORDS for name in held_out)
+        is_all = is_valid and len(train) + len(held_out) == len(names)
+        raise SeveralSplitsError(
             f"{folder.shown} holds several splits: {len(train)} of training, such as {train[0]}, "
             f"and {len(held_out)} held out, such as {held_out[0]}; name the files to build, such "
-            f"as --input {folder.place(train[0])}"
+            f"as --input {folder.place(train[0])}",
+            train,
+            held_out if is_all else [],
         )
 
 

@@ -30,6 +30,7 @@ from typing import Final
 from megasft.data.chat_template import CLOSE, OPEN, ChatTemplate
 from megasft.data.conversation import REASONING_KEYS, BadRecordError, Conversation, Message
 from megasft.data.shape import split_blanks
+from megasft.data.tool_calls import calls_of
 
 MARKS: Final = re.compile(f"[{OPEN}{CLOSE}]")
 Block = tuple[int, int, int]  # first character, one behind the last, message
@@ -79,18 +80,27 @@ def generation_blocks(conversation: Conversation, marked: str, text: str) -> lis
     """
     bare, places = _take_marks(marked)
     answers = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
-    kinds = [kind for kind, _ in places]
-    if bare != text or kinds != [OPEN, CLOSE] * len(answers):
+    blocks = _joined(places)
+    if bare != text or blocks is None or len(blocks) != len(answers):
         raise BadRecordError(
             "the template changed the message",
-            f"the chat template marks {kinds.count(OPEN)} {{% generation %}} blocks for "
+            f"the chat template marks {len(blocks or ())} {{% generation %}} blocks for "
             f"{len(answers)} assistant messages",
         )
-    starts, ends = places[::2], places[1::2]
-    return [
-        (start, end, index)
-        for (_, start), (_, end), index in zip(starts, ends, answers, strict=True)
-    ]
+    return [(start, end, index) for (start, end), index in zip(blocks, answers, strict=True)]
+
+
+def _joined(places: Places) -> list[tuple[int, int]] | None:
+    """Return the blocks between marks: those without a gap are one, empty ones are none."""
+    if [kind for kind, _ in places] != [OPEN, CLOSE] * (len(places) // 2):
+        return None
+    blocks: list[tuple[int, int]] = []
+    for (_, start), (_, end) in zip(places[::2], places[1::2], strict=True):
+        if blocks and blocks[-1][1] == start:
+            blocks[-1] = (blocks[-1][0], end)
+        elif end > start:
+            blocks.append((start, end))
+    return blocks
 
 
 def require_whole(index: int, message: Message, block: str) -> None:
@@ -101,10 +111,8 @@ def require_whole(index: int, message: Message, block: str) -> None:
     """
     wanted = [message.content or ""]
     wanted += [str(message.extra[key]) for key in REASONING_KEYS if message.extra.get(key)]
-    for call in message.extra.get("tool_calls") or []:
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        wanted.append(str(function.get("name", "")))
-    if not all(part.strip() in block for part in wanted):
+    has_calls = all(call.name in block or call.is_named_by_id(block) for call in calls_of(message))
+    if not has_calls or not all(part.strip() in block for part in wanted):
         raise BadRecordError(
             "the template changed the message",
             f"the {{% generation %}} block of message {index} does not hold all of it",

@@ -13,10 +13,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from megasft.data.conversation import MAX_RECORD_BYTES
 from megasft.data.json_list import split_list
+from megasft.data.not_lines import LOOKED_AT, require_lines, require_utf8
 from megasft.data.remote import Location, Remote
 from megasft.data.streams import open_text
 from megasft.data.tables import is_table, read_rows, require_pyarrow
@@ -114,6 +116,7 @@ def _kind_of(path: Location) -> str:
             if is_table(text.peek(4)[:4]):
                 require_pyarrow(path)
                 return TABLE
+            require_utf8(str(path), text.peek(4)[:4])
             return JSON_LIST if _starts_a_list(text) else JSONL
         except EOFError:
             return JSONL  # cut off within the first block: reading its lines finds where
@@ -123,7 +126,10 @@ def _read_lines(index: int, source: Source) -> Iterator[Chunk]:
     records: list[tuple[int, bytes]] = []
     size = done = 0
     with open_text(source.path) as (text, counted):
-        for line, data in _lines(text, source):
+        lines = _lines(text, source)
+        first = list(islice(lines, LOOKED_AT))
+        require_lines(str(source.path), [data for _, data in first])
+        for line, data in chain(first, lines):
             size += len(data)
             if not data.isspace():  # blank lines are no records
                 records.append((line, data))

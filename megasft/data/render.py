@@ -18,7 +18,7 @@ again with ``check_all`` and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -35,7 +35,9 @@ from megasft.data.marks import MARKS, generation_blocks, require_whole, trained_
 from megasft.data.shape import Shape, extra_texts, shape_of
 from megasft.data.skeleton import Skeleton, learn
 from megasft.data.specials import SpecialTokens
+from megasft.data.tool_calls import ArgumentForm
 from megasft.data.turn_bounds import Place, Span, TurnBounds
+from megasft.data.turn_parts import without_calls, without_thinking
 
 STRIPPED_THINKING: Final = ("mask", "train", "reject")
 _MAX_REMEMBERED: Final = 16 * 2**20
@@ -72,10 +74,14 @@ class RenderOptions:
         stripped_thinking: What becomes of a message whose thinking the template leaves out:
             ``mask`` (not trained), ``train`` (its answer is), or ``reject``.
         check_all: Compare every conversation with Jinja.
+        mask_thinking: Train no thinking.
+        mask_tool_calls: Train no tool calls.
     """
 
     stripped_thinking: str = "mask"
     check_all: bool = False
+    mask_thinking: bool = False
+    mask_tool_calls: bool = False
 
 
 _DEFAULT: Final = RenderOptions()
@@ -105,7 +111,9 @@ class Renderer:
         options: RenderOptions = _DEFAULT,
     ) -> None:
         self._template = ChatTemplate(template, special_tokens)
-        self._bounds = TurnBounds(self._template, tuple(stops))
+        eos = str(special_tokens.get("eos_token") or "")
+        self._bounds = TurnBounds(self._template, tuple(stops), eos)
+        self._arguments = ArgumentForm(self._template)
         self._specials, self._options = specials, options
         self._skeletons: dict[Shape, Skeleton | BadRecordError | None] = {}
         self._hidden: dict[Shape, Skeleton] = {}
@@ -127,6 +135,7 @@ class Renderer:
             BadRecordError: The template refuses the conversation or changes a trained message.
             UnfaithfulError: The render is not Jinja's, and nothing in the texts explains it.
         """
+        conversation = self._arguments.fit(conversation)
         shape, leaves = shape_of(conversation)
         words = "\0".join(leaves)
         must_hide = self._must_hide(conversation, words)
@@ -147,11 +156,32 @@ class Renderer:
                 if not (is_looked_into or self._options.check_all):
                     raise UnfaithfulError("render", _unlike(conversation))
                 return self._by_marks(conversation, must_hide)
-        if must_hide or is_shielded:
-            text, spans = self._hide(shape, skeleton, must_hide).join(leaves)
-        return self._judge(
-            conversation, Rendered(text, tuple(spans), is_hidden=must_hide), skeleton
-        )
+        kept = self._kept_parts(conversation, text, spans)
+        if must_hide or is_shielded:  # it moves no position
+            text, _ = self._hide(shape, skeleton, must_hide).join(leaves)
+        return self._judge(conversation, Rendered(text, kept, is_hidden=must_hide), skeleton)
+
+    def _kept_parts(
+        self, conversation: Conversation, text: str, spans: Sequence[Span]
+    ) -> tuple[Span, ...]:
+        masks = [
+            mask
+            for mask, is_on in (
+                (without_thinking, self._options.mask_thinking),
+                (without_calls, self._options.mask_tool_calls),
+            )
+            if is_on
+        ]
+        kept = list(spans)
+        for mask in masks:
+            kept = [mask(text, span, conversation.messages[span.message]) for span in kept]
+        left = tuple(span for span in kept if span.start < span.end)
+        if spans and not left:
+            raise BadRecordError(
+                "nothing to train",
+                "its turns only think or call tools (--mask-thinking, --mask-tool-calls)",
+            )
+        return left
 
     def _skeleton(
         self, shape: Shape, conversation: Conversation
@@ -255,19 +285,26 @@ class Renderer:
             blocks = trained_contents(template, conversation, text)
             spans = self._extended(conversation, text, blocks)
         _require_order(spans)
-        return Rendered(text, tuple(spans))
+        return Rendered(text, self._kept_parts(conversation, text, spans))
 
     def _tagged(self, conversation: Conversation, text: str) -> list[Span]:
         marked = self._template.run(
             _as_dicts(conversation), conversation.tools, mark_generation=True
         )
         spans = []
+        messages = _as_dicts(conversation)
+
+        def prompt(count: int) -> str:
+            return self._template.run(
+                messages[:count], conversation.tools, add_generation_prompt=True
+            )
+
         for start, end, index in generation_blocks(conversation, marked, text):
             message = conversation.messages[index]
             if message.trained:
                 require_whole(index, message, text[start:end])
                 place = Place(index, start, end, start, len(text), calls_tools=False)
-                spans.append(self._bounds.with_stop(text, start, place))
+                spans.append(self._bounds.in_block(text, place, prompt))
         return spans
 
     def _extended(

@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
-import orjson
-
+from megasft.data import exact_json
 from megasft.data.conversation import REASONING_KEYS, Conversation, Message
 
 _THINKING: Final = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
@@ -65,7 +64,7 @@ def shape_of(conversation: Conversation) -> tuple[Shape, list[str]]:
                 continue
         shape.append(_message_shape(message, leaves))
     if conversation.tools:
-        shape.append(_digest(orjson.dumps(conversation.tools)))
+        shape.append(_digest(exact_json.dump(conversation.tools)))
     return tuple(shape), leaves
 
 
@@ -104,7 +103,7 @@ def _message_shape(message: Message, leaves: list[str]) -> Shape:
         return "\0"  # a text may hold it too: then a sampled check finds the template unfaithful
 
     rewritten = _rewritten(message, put)
-    return (message.role, message.trained, _digest(orjson.dumps(rewritten, default=str)))
+    return (message.role, message.trained, _digest(exact_json.dump(rewritten)))
 
 
 def _digest(data: bytes) -> bytes:

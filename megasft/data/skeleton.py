@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -25,6 +25,7 @@ from megasft.data.chat_template import CLOSE, OPEN, ChatTemplate
 from megasft.data.conversation import BadRecordError, Conversation
 from megasft.data.marks import generation_blocks
 from megasft.data.shape import REASONING, TOOL_NAME, Leaf, Probe, probe
+from megasft.data.tool_calls import calls_of, with_mark
 from megasft.data.turn_bounds import Place, Span, TurnBounds
 
 _NAME: Final = re.compile(r'Qz7(\d{6})(\\*)"vK')
@@ -93,13 +94,16 @@ def learn(
     text = template.run(asked.messages, tools)
     found = _find_names(text)
     order = [name.leaf for name in found]
-    if len(set(order)) < len(order):
-        return None  # a text is rendered twice: which of them is trained only marks can tell
-    stripped = _missing_thinking(conversation, asked, set(order))
+    firsts = {name.leaf: name for name in reversed(found)}
+    for name in found:
+        if name is not firsts[name.leaf] and asked.leaves[name.leaf].kind != TOOL_NAME:
+            return None  # a text is rendered twice: which of them is trained only marks can tell
+    stripped = _missing_thinking(conversation, asked, firsts.keys(), text)
     if template.has_generation_tags:
         spans = _tagged_spans(template, bounds, conversation, asked, text)
     else:
-        spans = _plain_spans(template, bounds, conversation, asked, found, text)
+        once = sorted(firsts.values(), key=lambda name: name.start)
+        spans = _plain_spans(template, bounds, conversation, asked, once, text)
     if spans is None:
         return None
     borders = [0, *(edge for name in found for edge in (name.start, name.end)), len(text)]
@@ -158,13 +162,14 @@ def _edge(position: int, borders: list[int]) -> Edge | None:
 
 
 def _missing_thinking(
-    conversation: Conversation, asked: Probe, rendered: set[int]
+    conversation: Conversation, asked: Probe, rendered: Set[int], text: str
 ) -> frozenset[int]:
     trained = {i for i, m in enumerate(conversation.messages) if m.trained}
     missing = [
         leaf
         for number, leaf in enumerate(asked.leaves)
         if leaf.message in trained and number not in rendered
+        if leaf.kind != TOOL_NAME or not _is_named_by_id(conversation, leaf.message, text)
     ]
     for leaf in missing:
         if leaf.kind != REASONING:
@@ -196,7 +201,15 @@ def _plain_spans(
         if message.role != "assistant":
             continue
         place = _place(index, asked.leaves, found, cursor, text)
-        span = bounds.span(text, place, prompt)
+        has_names = place.calls_tools
+        if has_names or _is_named_by_id(conversation, index, text):
+            place = place._replace(calls_tools=True)
+            span = bounds.span(text, place, prompt) if has_names else None
+            if span is None:
+                place = _with_arguments(place, template, conversation, asked, text)
+                span = bounds.span(text, place, prompt)
+        else:
+            span = bounds.span(text, place, prompt)
         if span is None and message.trained:
             return None
         if span is not None:
@@ -225,6 +238,38 @@ def _place(
     return Place(index, start, end, after, before, calls, anchor=anchor, is_empty=not own)
 
 
+def _is_named_by_id(conversation: Conversation, index: int, text: str) -> bool:
+    calls = [*calls_of(conversation.messages[index])]
+    return bool(calls) and all(call.is_named_by_id(text) for call in calls)
+
+
+def _with_arguments(
+    place: Place, template: ChatTemplate, conversation: Conversation, asked: Probe, text: str
+) -> Place:
+    """Return a place that reaches to the arguments of its last call.
+
+    One more argument changes the render where the arguments end, and nothing behind.
+    """
+    marked = with_mark(asked.messages, place.message)
+    try:
+        other = template.run(marked, conversation.tools) if marked else text
+    except BadRecordError:
+        return place
+    if other == text:
+        return place
+    end = len(text) - _length_in_common(text[::-1], other[::-1])
+    start = end if place.is_empty else place.start
+    return place._replace(
+        start=start, end=start if place.is_empty else place.end, is_empty=False, calls_end=end
+    )
+
+
+def _length_in_common(left: str, right: str) -> int:
+    """Return the length of the longest beginning of both."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
 def _tagged_spans(
     template: ChatTemplate,
     bounds: TurnBounds,
@@ -236,8 +281,12 @@ def _tagged_spans(
     if OPEN in text or CLOSE in text:
         return None
     blocks = generation_blocks(conversation, marked, text)
+
+    def prompt(count: int) -> str:
+        return template.run(asked.messages[:count], conversation.tools, add_generation_prompt=True)
+
     return [
-        bounds.with_stop(text, start, Place(index, start, end, start, len(text), False))
+        bounds.in_block(text, Place(index, start, end, start, len(text), False), prompt)
         for start, end, index in blocks
         if conversation.messages[index].trained
     ]

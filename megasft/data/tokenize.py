@@ -9,7 +9,7 @@ token of each answer from training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,12 +22,14 @@ from megasft.data import exact_json
 from megasft.data.conversation import BadRecordError, Category, Conversation
 from megasft.data.encode import Encoder, HuggingFaceEncoder, make_encoder, trained_tokens
 from megasft.data.formats import FieldMap, parse
+from megasft.data.held_out import Part
 from megasft.data.render import Rendered, Renderer, RenderOptions
 from megasft.data.specials import SpecialTokens
 from megasft.data.tokenizer_folder import TokenizerFacts, open_folder
 from megasft.data.too_long import Limit, shorten
 from megasft.data.turn_bounds import Span
 from megasft.data.unread_keys import OF_MESSAGE, OF_RECORD, UnreadKey
+from megasft.errors import DataError
 from megasft.schema import NO_CATEGORY, TURN_FIELDS, Sample
 
 CHECK_EVERY: Final = 512
@@ -48,6 +50,7 @@ class Recipe:
         rendering: What is rendered how.
         limit: How long a sample may be.
         encoder: One of ``encode.ENCODERS``.
+        part: Which conversations; None for all.
     """
 
     tokenizer: Path
@@ -57,6 +60,7 @@ class Recipe:
     rendering: RenderOptions = field(default_factory=RenderOptions)
     limit: Limit = field(default_factory=Limit)
     encoder: str = "auto"
+    part: Part | None = None
 
 
 class Made(NamedTuple):
@@ -72,6 +76,7 @@ class Made(NamedTuple):
         lost_tokens: Tokens cut off because the sample was too long.
         lost_labels: Trained tokens among them.
         unread: Keys of the record, and of its messages, that nobody reads.
+        is_text: It is pretraining text.
     """
 
     line: int
@@ -83,6 +88,7 @@ class Made(NamedTuple):
     lost_tokens: int = 0
     lost_labels: int = 0
     unread: tuple[UnreadKey, ...] = ()
+    is_text: bool = False
 
 
 class Rejected(NamedTuple):
@@ -101,7 +107,13 @@ class Dropped(NamedTuple):
     num_labels: int
 
 
-Outcome = Made | Rejected | Dropped
+class Elsewhere(NamedTuple):
+    """A record of the other part."""
+
+    line: int
+
+
+Outcome = Made | Rejected | Dropped | Elsewhere
 
 
 class _Ready(NamedTuple):
@@ -119,6 +131,17 @@ class Tokenizer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        try:
+            self._load(recipe)
+        except DataError:
+            raise
+        except Exception as error:  # whatever a library says of a folder it does not understand
+            raise DataError(
+                f"{recipe.tokenizer}: the tokenizer or its chat template cannot be used: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _load(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._folder = open_folder(recipe.tokenizer, chat_template=recipe.chat_template)
         self._specials = SpecialTokens(self._folder.control_tokens(), recipe.special_tokens_in_text)
@@ -135,24 +158,42 @@ class Tokenizer:
         """Return what the store keeps of the tokenizer."""
         return self._folder.facts()
 
-    def make(self, records: Iterable[tuple[int, bytes]]) -> list[Outcome]:
+    def make(self, records: Sequence[tuple[int, bytes]]) -> list[Outcome]:
         """Make samples of some records; one outcome each, in order.
 
         Raises:
             UnfaithfulError: A fast road differs from its reference on one of them.
         """
-        ready: list[_Ready | Rejected] = []
+        try:
+            return self._make(records)
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # of the code, or a library's: one record must not end a build
+            if len(records) > 1:
+                return [made for record in records for made in self.make([record])]
+            detail = f"{type(error).__name__}: {error}"[:300]
+            return [Rejected(records[0][0], "failed", f"no sample could be made: {detail}")]
+
+    def _make(self, records: Sequence[tuple[int, bytes]]) -> list[Outcome]:
+        ready: list[_Ready | Rejected | Elsewhere] = []
+        part = self._recipe.part
         for line, data in records:
+            conversation = None
             try:
                 conversation = parse(data, self._recipe.fields)
+                if part is not None and not part.holds(conversation):
+                    ready.append(Elsewhere(line))
+                    continue
                 rendered = self.render(conversation, check=line % CHECK_EVERY == 1)
                 ready.append(_Ready(line, conversation, rendered))
-            except BadRecordError as error:
-                ready.append(Rejected(line, error.reason, error.detail))
+            except BadRecordError as error:  # what cannot be read belongs to the training part
+                bad = Rejected(line, error.reason, error.detail)
+                is_unread = conversation is None and part is not None and part.held_out
+                ready.append(Elsewhere(line) if is_unread else bad)
         good = [item for item in ready if isinstance(item, _Ready)]
         made = self._encode([item for item in good if not item.rendered.is_hidden])
         made |= self._encode_hidden([item for item in good if item.rendered.is_hidden])
-        return [item if isinstance(item, Rejected) else made[item.line] for item in ready]
+        return [made[item.line] if isinstance(item, _Ready) else item for item in ready]
 
     def render(self, conversation: Conversation, *, check: bool = False) -> Rendered:
         """Render a conversation and find its trained turns.
@@ -271,6 +312,7 @@ class Tokenizer:
             num_border_tokens,
             item.rendered.stripped,
             unread=self._unread(item.conversation),
+            is_text=item.conversation.is_text,
         )
         return self._fit(made) if self._recipe.limit.exceeded_by(sample) else made
 
@@ -287,8 +329,9 @@ class Tokenizer:
             return Rejected(
                 made.line,
                 "too long",
-                f"it has {size:,} tokens, {limit.max_tokens:,} are allowed (--max-tokens); "
-                "--too-long truncate-turns cuts such conversations",
+                f"it has {size:,} tokens, of which {limit.room(made.sample):,} are within its "
+                "limits (--max-tokens, --max-prompt-tokens, --max-answer-tokens); --too-long "
+                "truncate-turns cuts such conversations",
             )
         cut = shorten(made.sample, limit)
         if cut.sample is None:

@@ -8,6 +8,7 @@ models, named templates, classes with habits of their own). Importing torch alon
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from megasft.errors import DataError
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 _THINKING: Final = {"<think>", "</think>"}  # an author who writes them means them
+_PLAIN: Final = re.compile(r"[\w\s\u2581]*[^\w]?")
+"""An added token of words or blanks, with one sign at the end at most: no control token."""
 _TEXT_MODELS: Final = ("tokenizer.model", "spiece.model")
 
 
@@ -67,7 +70,8 @@ class TokenizerFolder:
     def control_tokens(self) -> set[str]:
         """Return the special tokens, and others the template writes around plain messages.
 
-        DeepSeek's ``<｜User｜>`` is an added token like any other, and yet it begins a turn.
+        DeepSeek's ``<｜User｜>`` is an added token like any other, and yet it begins a turn. Words
+        and blanks are none, though Gemma 3 has its line ends among the added tokens.
         """
         messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
         template = ChatTemplate(self.template(has_tools=False), self.hf.special_tokens_map)
@@ -75,7 +79,8 @@ class TokenizerFolder:
         with suppress(BadRecordError):
             written = template.run(messages, None)
         added = {str(token) for token in self.hf.added_tokens_decoder.values()}
-        return self.special_tokens | {t for t in added - _THINKING if t in written}
+        marks = {token for token in added - _THINKING if _PLAIN.fullmatch(token) is None}
+        return self.special_tokens | {token for token in marks if token in written}
 
     @property
     def stops(self) -> set[str]:
@@ -113,6 +118,19 @@ def open_folder(path: Path, *, chat_template: str = "") -> TokenizerFolder:
     return TokenizerFolder(path, hf, chat_template)
 
 
+def _hint(folder: Path) -> str:
+    """Return what a folder lacks, where that can be seen."""
+    names = (TOKENIZER_FILE, *_TEXT_MODELS)
+    if any((folder / name).is_file() for name in names):
+        return ""
+    if (folder / "tekken.json").is_file():
+        return (
+            f": it has Mistral's tekken.json alone, and {TOKENIZER_FILE} is needed; take a "
+            "repository that has it, or convert it"
+        )
+    return f": none of {', '.join(names)} is there"
+
+
 def load_tokenizer(folder: Path, *, needs_template: bool = True) -> Any:
     """Load a tokenizer folder, offline.
 
@@ -125,8 +143,11 @@ def load_tokenizer(folder: Path, *, needs_template: bool = True) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} holds no tokenizer that can be loaded: {error}") from None
+    except Exception as error:  # it raises whatever its libraries do
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{folder} holds no tokenizer that can be loaded{_hint(folder)} ({cause})"
+        ) from None
     if not tokenizer.is_fast:
         raise DataError(
             f"{folder}: {type(tokenizer).__name__} knows no character offsets, which a fast "

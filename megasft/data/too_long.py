@@ -5,6 +5,10 @@
     truncate         cut at the limit, wherever that is: the last answer may lose its end
     error            a bad record: no store is made without --skip-bad
 
+A prompt or an answer can have a limit of its own: the prompt is what stands before a turn and
+behind the turn before, the answer is the turn. A conversation is too long from the first one on
+that exceeds its limit.
+
 Nothing of it is silent: samples, tokens and trained tokens that were lost are counted by reason in
 store.json, and what was dropped is listed beside the store.
 """
@@ -29,14 +33,32 @@ class Limit:
     Attributes:
         max_tokens: Tokens; 0 for no limit.
         policy: One of ``TOO_LONG``.
+        max_prompt_tokens: Tokens of a prompt; 0 for no limit.
+        max_answer_tokens: Tokens of an answer; 0 for no limit.
     """
 
     max_tokens: int = 0
     policy: str = "truncate-turns"
+    max_prompt_tokens: int = 0
+    max_answer_tokens: int = 0
 
     def exceeded_by(self, sample: Sample) -> bool:
         """Return whether a sample is too long."""
-        return 0 < self.max_tokens < len(sample.tokens)
+        return self.room(sample) < len(sample.tokens)
+
+    def room(self, sample: Sample) -> int:
+        """Return how many tokens of a sample are within all limits."""
+        room = self.max_tokens or len(sample.tokens)
+        if self.max_prompt_tokens or self.max_answer_tokens:
+            starts = sample.turns[:, _START]
+            ends = starts + sample.turns[:, _TOKENS]
+            before = np.concatenate([np.zeros(1, ends.dtype), ends[:-1]])
+            if self.max_prompt_tokens:
+                room = min([room, *before[starts - before > self.max_prompt_tokens][:1].tolist()])
+            if self.max_answer_tokens:
+                limits = starts + self.max_answer_tokens
+                room = min([room, *limits[limits < ends][:1].tolist()])
+        return room
 
 
 class Cut(NamedTuple):
@@ -59,10 +81,10 @@ def shorten(sample: Sample, limit: Limit) -> Cut:
     """Return what the policy leaves of a sample that is too long.
 
     Args:
-        sample: Longer than ``limit.max_tokens``.
+        sample: Too long.
         limit: Its policy is not ``error``.
     """
-    turns, room = sample.turns, limit.max_tokens
+    turns, room = sample.turns, limit.room(sample)
     ends = turns[:, _START] + turns[:, _TOKENS]
     kept, size = turns[:0], room
     if limit.policy == "truncate-turns":

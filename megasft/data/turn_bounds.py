@@ -9,10 +9,14 @@ begins where that prompt ends:
     neither: at the answer itself
 
 An empty ``<think>`` block behind it was put there by the template (or by the prompt of a model that
-is asked not to think), so the turn begins behind that. It ends with the stop token: the special
-token behind the answer, white space between them or not; for some templates that is the next role
-token. Behind tool calls it is the token that ends a plain answer, because their markup may hold
-special tokens, too.
+is asked not to think), so the turn begins behind that, as it does behind the rest of such a block
+whose beginning is in the prompt. A block of ``{% generation %}`` begins no earlier, either.
+
+It ends with the stop token: the special token behind the answer, white space between them or not;
+for some templates that is the next role token. Where several follow each other, all up to the
+tokenizer's eos belong to the turn. Behind tool calls it is the token that ends a plain answer,
+because their markup may hold special tokens, too; where there is none, the first one behind the
+arguments of the last call; and where nothing follows at all, the end of the render.
 """
 
 from __future__ import annotations
@@ -25,7 +29,12 @@ from typing import Any, Final, NamedTuple
 from megasft.data.chat_template import ChatTemplate
 from megasft.data.conversation import BadRecordError
 
-_EMPTY_THINKING: Final = re.compile(r"<think>\s*</think>\n{0,2}")
+_EMPTY_THINKING: Final = re.compile(
+    r"\s*(?:<think>\s*</think>|<thinking>\s*</thinking>|\[THINK\]\s*\[/THINK\]"
+    r"|<seed:think>\s*</seed:think>|<\|START_THINKING\|>\s*<\|END_THINKING\|>)\n{0,2}"
+)
+_REST_OF_EMPTY_THINKING: Final = re.compile(r"\s*</think(?:ing)?>\n{0,2}")
+_OPENED_BEFORE: Final = re.compile(r"<think(?:ing)?>\s{0,4}\Z")
 _THINKING_TAIL: Final = re.compile(r"<think>\s*(</think>\s*)?\Z")
 _THINKING_OPENED: Final = re.compile(r"<think>\s*\Z")
 _GLUE: Final = re.compile(r"\s*(<think>\s*)?(</think>\s*)?")
@@ -72,6 +81,7 @@ class Place(NamedTuple):
         anchor: What the render reads up to ``after``, unique in it; empty if nothing is.
         is_empty: It has no text in the render; its turn is somewhere between ``after`` and
             ``before``, the first if there are several.
+        calls_end: At or shortly before the end of the arguments of its last call; None if unknown.
     """
 
     message: int
@@ -83,6 +93,7 @@ class Place(NamedTuple):
     is_alone: bool = True
     anchor: str = ""
     is_empty: bool = False
+    calls_end: int | None = None
 
 
 class TurnBounds:
@@ -91,13 +102,14 @@ class TurnBounds:
     Args:
         template: The chat template.
         stops: Special tokens that can end a turn.
+        eos: The one that ends a text; empty for none.
     """
 
-    def __init__(self, template: ChatTemplate, stops: Iterable[str]) -> None:
-        self._template = template
+    def __init__(self, template: ChatTemplate, stops: Iterable[str], eos: str = "") -> None:
+        self._template, self._eos = template, eos
         any_stop = "|".join(re.escape(t) for t in sorted(stops, key=len, reverse=True)) or "(?!)"
         self._stop = re.compile(rf"\s*({any_stop})")
-        self._stop_inside = re.compile(rf"({any_stop})\s*\Z")
+        self._stops_inside = re.compile(rf"((?:{any_stop})+)\s*(?:(?:{any_stop})\s*)*\Z")
         self._any_stop = re.compile(any_stop)
         self._headers = self._generation_prompts()
         self._usual_stop = self._stop_of_a_plain_answer()
@@ -115,8 +127,7 @@ class TurnBounds:
         start = self._start(text, place, prompt)
         if start is None:
             return None
-        span = self.with_stop(text, start, place)
-        return None if place.calls_tools and span.stop is None else span
+        return self.with_stop(text, start, place)
 
     def _span_of_nothing(
         self, text: str, place: Place, prompt: Callable[[int], str]
@@ -131,7 +142,7 @@ class TurnBounds:
         for start in starts:
             start = _behind_empty_thinking(text, start, place.before)
             if stop := self._stop.match(text, start, place.before):
-                return Span(start, stop.end(), stop[1], place.message)
+                return self._ended(text, start, stop.start(1), place)
         return None
 
     def _asked(self, text: str, place: Place, prompt: Callable[[int], str]) -> int | None:
@@ -155,18 +166,61 @@ class TurnBounds:
             start = found + len(tail) if found >= 0 else -1
         return start if place.after <= start <= place.start else None
 
-    def with_stop(self, text: str, start: int, place: Place) -> Span:
-        """Return the span from a known start to behind the stop token."""
-        end = place.end
-        if inside := self._stop_inside.search(text, start, end):  # a block may hold it
-            return Span(start, inside.end(1), inside[1], place.message)
+    def in_block(self, text: str, place: Place, prompt: Callable[[int], str]) -> Span:
+        """Return the span of a block that a template marks as generated.
+
+        Args:
+            text: The whole render.
+            place: Its bounds; what the prompt already says is left out of the span.
+            prompt: Render of the first so many messages, with the generation prompt.
+        """
+        begin, end = self._behind_prompt(text, place, prompt), place.end
+        begin = _behind_empty_thinking(text, begin, end)
+        if found := self._stops_inside.search(text, begin, end):
+            span = self._ended(text, begin, found.start(), place)
+            if span.stop != self._eos:  # the template says that they all are generated
+                *_, last = self._any_stop.finditer(found[1])
+                span = Span(begin, found.end(1), last[0], place.message)
+            return span
+        if direct := self._stop.match(text, end):
+            return self._ended(text, begin, direct.start(1), place)
+        return Span(begin, end, None, place.message)
+
+    def _behind_prompt(self, text: str, block: Place, prompt: Callable[[int], str]) -> int:
+        start = block.start
+        for header in self._headers:  # the longest first
+            found = text.find(header, max(start - len(header), 0), start + len(header))
+            if 0 <= found <= start:
+                return found + len(header)
+        asked = self._asked(text, block._replace(after=0, start=block.end), prompt)
+        return max(start, asked or 0)
+
+    def with_stop(self, text: str, start: int, place: Place) -> Span | None:
+        """Return the span from a known start to behind the stop token; None if it is unclear."""
+        end, before = place.end, place.before
         direct = self._stop.match(text, end)
-        usual = text.find(self._usual_stop, end, place.before) if self._usual_stop else -1
+        usual = text.find(self._usual_stop, end, before) if self._usual_stop else -1
         if usual >= 0 and (place.calls_tools or direct is None):
-            return Span(start, usual + len(self._usual_stop), self._usual_stop, place.message)
-        if direct:
-            return Span(start, direct.end(), direct[1], place.message)
-        return Span(start, end, None, place.message)
+            return self._ended(text, start, usual, place)
+        if not place.calls_tools:
+            if direct is None:
+                return Span(start, end, None, place.message)
+            return self._ended(text, start, direct.start(1), place)
+        if place.calls_end is None:
+            return None
+        if stop := self._any_stop.search(text, max(end, place.calls_end), before):
+            return self._ended(text, start, stop.start(), place)
+        is_last = before == len(text)
+        return Span(start, len(text.rstrip()), None, place.message) if is_last else None
+
+    def _ended(self, text: str, start: int, stop: int, place: Place) -> Span:
+        """Return the span up to a stop token, or to the eos that follows it without a gap."""
+        first = last = self._any_stop.match(text, stop)
+        assert first is not None
+        while last is not None and last[0] != self._eos:
+            last = self._any_stop.match(text, last.end())
+        end = last or first
+        return Span(start, end.end(), end[0], place.message)
 
     def _start(self, text: str, place: Place, prompt: Callable[[int], str]) -> int | None:
         for header in self._headers:
@@ -204,8 +258,10 @@ class TurnBounds:
             with suppress(BadRecordError):
                 text = self._template.run(messages, tools)
                 answer = text.find(_PROBES[1])
-                found = self._stop.match(text, answer + len(_PROBES[1])) if answer >= 0 else None
-                return found[1] if found else ""
+                behind = answer + len(_PROBES[1])
+                found = self._stop.match(text, behind) if answer >= 0 else None
+                is_further = not found and answer >= 0 and self._eos in text[behind:]
+                return found[1] if found else self._eos if is_further else ""
         return ""
 
 
@@ -215,5 +271,8 @@ def _is_glue(text: str, start: int, place: Place) -> bool:
 
 
 def _behind_empty_thinking(text: str, start: int, limit: int) -> int:
-    found = _EMPTY_THINKING.match(text, start, limit)
+    if _OPENED_BEFORE.search(text, max(start - 16, 0), start):
+        found = _REST_OF_EMPTY_THINKING.match(text, start, limit)
+    else:
+        found = _EMPTY_THINKING.match(text, start, limit)
     return found.end() if found else start

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 from megasft.data.conversation import REASONING_KEYS, Message
@@ -82,10 +83,73 @@ def tool_arguments_twice(seen: Witness) -> int:
     )
 
 
+def tool_arguments_untrained(seen: Witness) -> int:
+    """Count turns that leave out an argument of a tool call of their message."""
+    num = 0
+    for prompt in seen.prompts:
+        texts = [t for f in _functions(_message(seen, prompt)) for t in _texts(f.get("arguments"))]
+        num += any(not _is_in(text, prompt.answer) for text in texts)
+    return num
+
+
+def nulls_padded(seen: Witness) -> int:
+    """Count samples whose tools or arguments hold nulls that a table put there."""
+    declared: dict[str, Any] = {}
+    for tool in seen.conversation.tools or ():
+        function = tool.get("function", tool)
+        parameters = function.get("parameters") if isinstance(function, Mapping) else None
+        if _has_null_property(parameters):
+            return 1
+        if isinstance(parameters, Mapping):
+            declared[str(function.get("name"))] = parameters.get("properties") or {}
+    for message in seen.conversation.messages:
+        for function in _functions(message):
+            arguments = function.get("arguments")
+            given = arguments.items() if isinstance(arguments, Mapping) else ()
+            known = declared.get(str(function.get("name")), {})
+            if any(value is None and key not in known for key, value in given):
+                return 1
+    return 0
+
+
 def tools_not_declared(seen: Witness) -> int:
     """Count samples that call tools the prompt does not declare."""
     calls = any(_functions(message) for message in seen.conversation.messages)
     return int(calls and not seen.conversation.tools)
+
+
+def _has_null_property(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_has_null_property, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    properties = schema.get("properties")
+    has_null = isinstance(properties, Mapping) and None in properties.values()
+    return has_null or any(map(_has_null_property, schema.values()))
+
+
+def _texts(arguments: Any) -> list[str]:
+    """Return the texts among arguments, those of their JSON where they are a text."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return [arguments]
+    if isinstance(arguments, Mapping):
+        return [text for value in arguments.values() for text in _texts_in(value)]
+    return []
+
+
+def _texts_in(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _texts_in(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts_in(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _is_in(text: str, answer: str) -> bool:
+    return text in answer or json.dumps(text, ensure_ascii=False)[1:-1] in answer
 
 
 def _message(seen: Witness, prompt: Prompt) -> Message:

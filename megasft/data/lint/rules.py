@@ -151,6 +151,12 @@ RULES: Final[dict[str, Rule]] = {
         "use a chat template that renders tool_calls (--chat-template FILE)",
         OnRecord(record_rules.tool_calls, needs_same_tokens=True),
     ),
+    "tool-arguments-untrained": Rule(
+        _E, "turns",
+        "an argument of a tool call of a trained message is not in what is trained",
+        "build the store again; if it stays, report the chat template",
+        OnRecord(record_rules.tool_arguments_untrained, needs_same_tokens=True),
+    ),
     "record-rejected": Rule(
         _E, "records",
         "the record cannot become a sample",
@@ -287,6 +293,13 @@ RULES: Final[dict[str, Rule]] = {
         "tools are called which the conversation does not declare in `tools`",
         "add `tools`, so that the model sees what it may call",
         OnRecord(record_rules.tools_not_declared),
+    ),
+    "nulls-padded": Rule(
+        _W, "samples",
+        "tools or arguments hold nulls that a table put there: each has the fields of all others",
+        "give the parquet or Arrow file itself to --input, where nulls are left out; or write the "
+        "JSON from the records it was made of, not through a table",
+        OnRecord(record_rules.nulls_padded),
     ),
     "stop-not-eos": Rule(
         _N, "tokens",

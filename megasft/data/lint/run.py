@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from megasft.data.build import BuildOptions, build
+from megasft.data.chat_template import ChatTemplate
 from megasft.data.conversation import BadRecordError
 from megasft.data.formats import FieldMap
 from megasft.data.lint.blocks import blocks
@@ -31,12 +32,19 @@ from megasft.data.lint.vocabulary import vocabulary_of
 from megasft.data.lint.witness import Transformers, UncheckableError, witness
 from megasft.data.tokenize import Recipe
 from megasft.data.tokenizer_folder import TokenizerFolder, open_folder
+from megasft.data.tool_calls import ArgumentForm
 from megasft.errors import DataError
 from megasft.schema import TURN_FIELDS
 from megasft.severity import Unchecked
 from megasft.store import TokenStore, open_store
 
 DEFAULT_SAMPLED: Final = 2_000
+_BROKEN_BY_EVERYTHING: Final = {"mask-all-one"}
+_BROKEN_BY_MASKS: Final = {
+    "mask_thinking": {"answer-start-untrained"},
+    "mask_tool_calls": {"tool-calls", "tool-arguments-untrained", "turn-without-stop"},
+}
+"""Rules that stores built with these options break on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +144,11 @@ def _as_built(store: TokenStore, options: LintOptions) -> LintOptions:
     recipe, fields = store.meta.get("recipe"), options.fields
     if recipe is not None and fields == FieldMap():
         fields = FieldMap(**recipe["fields"])
-    everything = {"mask-all-one"} if fields.train_on == "everything" else set()
-    expected = frozenset(everything - options.ignored)
+    is_whole = fields.train_on == "everything" or store.meta.get("texts", 0) > 0
+    broken = set(_BROKEN_BY_EVERYTHING) if is_whole else set()
+    for option, rules in _BROKEN_BY_MASKS.items():
+        broken |= rules if (recipe or {}).get(option) else set()
+    expected = frozenset(broken - options.ignored)
     return replace(options, fields=fields, ignored=options.ignored | expected, expected=expected)
 
 
@@ -215,7 +226,10 @@ def _lint(subject: Subject, options: LintOptions, name: str, why_no_tokenizer: s
         _check_texts(run, indices)
         _check_records(run, indices)
     run.skip(sorted(options.ignored - options.expected), "--ignore")
-    run.skip(sorted(options.expected), "the store was built with --train-on everything")
+    run.skip(
+        sorted(options.expected),
+        "the store was built with --train-on everything, --mask-*, or of pretraining texts",
+    )
     counts = {
         "samples": len(subject.store),
         "turns": len(subject.store.turns.values) // len(TURN_FIELDS),
@@ -271,14 +285,18 @@ def _check_records(run: _Run, indices: list[int]) -> None:
         run.skip(rules, str(error))
         return
     refused: Counter[str] = Counter()
+    source = template or transformers.hf.get_chat_template(tools=[{}])
+    forms = ArgumentForm(ChatTemplate(source, transformers.hf.special_tokens_map))
     witnessed, num_spelled = [], 0
     for index, conversation in sorted(conversations.items()):
+        if not isinstance(conversation, BadRecordError) and conversation.is_text:
+            continue  # no chat template has seen it
         if isinstance(conversation, BadRecordError):
             refused[f"{conversation.reason}: {conversation.detail}"] += 1
             continue
         try:
-            seen = witness(transformers, conversation, store.sample(index))
-        except UncheckableError as error:
+            seen = witness(transformers, forms.fit(conversation), store.sample(index))
+        except (UncheckableError, BadRecordError) as error:
             refused[str(error)] += 1
             continue
         witnessed.append(index)

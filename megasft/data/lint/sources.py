@@ -6,15 +6,14 @@ sha256 that reading it yields. What its records mean is decided by the same ``Fi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import orjson
 
-from megasft.data.conversation import BadRecordError, Conversation, Message
+from megasft.data.conversation import BadRecordError, Conversation
 from megasft.data.formats import FieldMap, parse
+from megasft.data.held_out import key_of
 from megasft.data.lint.store_rules import Keys
 from megasft.data.read import Source, open_sources, read_chunks
 from megasft.errors import DataError
@@ -53,7 +52,7 @@ def keys_of_messages(store: TokenStore, fields: FieldMap) -> Keys:
         if index < len(store) and place == tuple(store.lineage[index].tolist()):
             conversation = _parsed(data, fields)
             assert isinstance(conversation, Conversation), "the build has read it"
-            keys[index] = _key(conversation)
+            keys[index] = np.uint64(key_of(conversation))
             index += 1
     return keys
 
@@ -85,13 +84,3 @@ def _parsed(data: bytes, fields: FieldMap) -> Conversation | BadRecordError:
         return parse(data, fields)
     except BadRecordError as error:
         return error
-
-
-def _key(conversation: Conversation) -> np.uint64:
-    messages = [_normal(message) for message in conversation.messages]
-    data = orjson.dumps([messages, conversation.tools], option=orjson.OPT_SORT_KEYS)
-    return np.uint64(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-
-
-def _normal(message: Message) -> list[object]:
-    return [message.role, (message.content or "").strip(), dict(message.extra)]

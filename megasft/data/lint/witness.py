@@ -26,8 +26,9 @@ from megasft.data.lint.vocabulary import special_texts
 from megasft.schema import Sample
 
 _TODAY: Final = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_EMPTY_THINKING: Final = re.compile(r"<think>\s*</think>\n{0,2}")
-"""What a template puts before an answer without thinking; more blanks are the answer's own."""
+_EMPTY_THINKING: Final = re.compile(r"\s*(?:<think>\s*)?</think>\n{0,2}")
+"""What a template puts before an answer without thinking, or the rest of it where the prompt opens
+the block; more blanks are the answer's own."""
 
 
 class UncheckableError(Exception):

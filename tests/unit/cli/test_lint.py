@@ -142,7 +142,8 @@ def test_a_store_is_read_as_it_was_built(tmp_path: Path, tokenizer_dir: Path, ru
     build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
     seen = run(tmp_path / "store")
     assert seen.output.splitlines()[0] == (
-        "not checked: mask-all-one (the store was built with --train-on everything)"
+        "not checked: mask-all-one (the store was built with --train-on everything, --mask-*, or "
+        "of pretraining texts)"
     )
     assert seen.exit_code == 0
     unsaid = open_store(tmp_path / "store").meta | {"recipe": None}

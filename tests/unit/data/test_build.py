@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,14 +179,28 @@ def test_workers_are_replaced_after_their_share_of_bytes(
     assert store_bytes(tmp_path / "store") == store_bytes(tmp_path / "one")
 
 
+class Kills:
+    """Ends the process that asks it about a conversation."""
+
+    def holds(self, conversation: Any) -> bool:
+        os._exit(3)
+
+
 @pytest.mark.slow
-def test_an_error_inside_a_worker_ends_the_build(
+def test_a_worker_that_dies_ends_the_build_and_an_error_in_one_is_a_bad_record(
     tmp_path: Path, tokenizer_dir: Path, write_jsonl: Callable[..., Path]
 ) -> None:
-    recipe = Recipe(tokenizer_dir, FieldMap(format="no such format"))
-    options = BuildOptions((write_jsonl(chat("Hi", "Hello")),), tmp_path / "s", recipe, 2)
-    with pytest.raises(DataError, match="worker process died"):
-        build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
+    file, complaints = write_jsonl(chat("Hi", "Hello")), []
+    for recipe, message in (
+        (Recipe(tokenizer_dir, part=Kills()), "worker process died with code 3"),  # type: ignore[arg-type]
+        (Recipe(tokenizer_dir, FieldMap(format="no such format")), "1 x failed"),
+    ):
+        options = BuildOptions((file,), tmp_path / "s", recipe, 2, overwrite=True)
+        with pytest.raises(DataError, match=message):
+            build(
+                options, on_bytes=lambda n: None, on_rejected=lambda *told: complaints.append(told)
+            )
+    assert [place for place, _ in complaints] == [f"{file}:1"]
 
 
 @needs_data

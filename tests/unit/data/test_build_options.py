@@ -69,7 +69,8 @@ def test_too_long_conversations_are_cut_behind_a_turn_and_counted(
     assert tally.lost_tokens == sum(lengths) - int(store.tokens.lengths.sum())
     assert tally.lost_labels == whole.label_tokens - tally.label_tokens
     assert store.meta["counts"]["lost_tokens"] == tally.lost_tokens
-    assert store.meta["recipe"]["limit"] == {"max_tokens": 30, "policy": "truncate-turns"}
+    limit = {"max_tokens": 30, "policy": "truncate-turns"}
+    assert store.meta["recipe"]["limit"] == limit | {"max_prompt_tokens": 0, "max_answer_tokens": 0}
     (entry,) = map(orjson.loads, (tmp_path / "store.rejected.jsonl").read_bytes().splitlines())
     assert entry["line"] == 3
     assert entry["reason"] == "dropped: too long"

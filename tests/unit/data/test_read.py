@@ -130,3 +130,39 @@ def test_of_a_record_that_is_too_long_only_so_much_is_kept() -> None:
     long = b'"' + b" " * (MAX_RECORD_BYTES + 1000) + b'"'
     found = in_blocks_of(json_list._BLOCK, b"[1, " + long + b", 2]")
     assert [len(record) for record in found] == [1, MAX_RECORD_BYTES + 1, 1]
+
+
+PRETTY = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}, indent=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (PRETTY.encode(), "pretty-printed"),
+        (f"{PRETTY}\n{PRETTY}\n".encode(), "pretty-printed"),
+        (json.dumps({"version": "1", "data": [{"text": "Hi"}]}, indent=1).encode(), r"jq -c '\."),
+        (b"\xef\xbb\xbf" + PRETTY.encode(), "pretty-printed"),
+        (PRETTY.replace("\n", "\r\n").encode(), "pretty-printed"),
+        (b'{"text": "Hi"}\r{"text": "Yo"}\r', "carriage return"),
+        ('{"text": "Hi"}\n'.encode("utf-16"), "UTF-16"),
+        ('{"text": "Hi"}\n'.encode("utf-16-le"), "UTF-16"),
+        ('{"text": "Hi"}\n'.encode("utf-16-be"), "UTF-16"),
+        ('[{"text": "Hi"}]'.encode("utf-16"), "UTF-16"),
+        ('{"text": "Hi"}\n'.encode("utf-32"), "UTF-32"),
+    ],
+)
+def test_a_file_that_is_no_lines_at_all_is_refused_once_with_its_cause(
+    tmp_path: Path, data: bytes, cause: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=cause) as caught:
+        places(path)
+    assert str(caught.value).startswith(f"{path}:1: ")
+
+
+def test_a_broken_first_line_of_a_good_file_is_left_to_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for first in (b'{"a": [1,', b'{"a": {', b"{", b'{"a": 1}\r'):
+        path.write_bytes(first + b'\n{"a": 2}\n')
+        assert [data for _, data in places(path)] == [first.strip(), b'{"a": 2}']

@@ -44,3 +44,35 @@ def test_only_a_longer_sample_is_too_long() -> None:
     assert not Limit(12).exceeded_by(SAMPLE)
     assert not Limit(0).exceeded_by(SAMPLE)
     assert Limit(11).exceeded_by(SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "limits", "kept", "size"),
+    [
+        # The turns are [3, 5), [8, 12) and [14, 15) of 16 tokens; prompts of 3, 3 and 2.
+        ("truncate-turns", {"max_prompt_tokens": 3}, None, 16),
+        ("truncate-turns", {"max_prompt_tokens": 2}, [], 0),
+        ("truncate-turns", {"max_answer_tokens": 4}, None, 16),
+        ("truncate-turns", {"max_answer_tokens": 3}, [2], 5),
+        ("truncate-turns", {"max_answer_tokens": 1}, [], 0),
+        ("truncate", {"max_answer_tokens": 3}, [2, 3], 11),
+        ("truncate", {"max_answer_tokens": 3, "max_tokens": 9}, [2, 1], 9),
+        ("drop", {"max_answer_tokens": 3}, [], 0),
+        ("truncate-turns", {"max_answer_tokens": 3, "max_prompt_tokens": 9}, [2], 5),
+        ("truncate-turns", {"max_tokens": 13, "max_prompt_tokens": 3}, [2, 4], 12),
+    ],
+)
+def test_a_prompt_and_an_answer_have_limits_of_their_own(
+    policy: str, limits: dict[str, int], kept: list[int] | None, size: int
+) -> None:
+    turns = np.array([(3, 2, 0, 1), (8, 4, 0, 3), (14, 1, 0, 5)], np.int32)
+    sample, limit = Sample(np.arange(16, dtype=np.int32), turns), Limit(policy=policy, **limits)
+    assert limit.exceeded_by(sample) == (kept is not None)
+    if kept is None:
+        return
+    cut = shorten(sample, limit)
+    left = cut.sample.turns[:, 1].tolist() if cut.sample else []
+    assert left == kept
+    assert (len(cut.sample.tokens) if cut.sample else 0) == size
+    assert cut.lost_tokens == 16 - size
+    assert cut.lost_labels == 7 - sum(kept)

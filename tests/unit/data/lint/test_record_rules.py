@@ -83,6 +83,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return look
 
 
+NAMES = [
+    say("user", "1+1?"),
+    say("assistant", "", tool_calls=[{"function": {"name": "add", "arguments": {"first": "one"}}}]),
+]
 PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 THOUGHT = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
 NEXT = f"{PROMPT}Hello there<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -94,6 +98,7 @@ FIRES: dict[str, tuple[Any, ...]] = {
     "prefix-unstable": (UNSTABLE, HI, [(PROMPT.replace("as", "last as"), "Hello there", 1)]),
     "glued-prompt": (GLUED, HI, [("user: Hi<|im_end|>assistant: Hello", " there<|im_end|>", 1)]),
     "thinking-lost": (DROPS_THINKING, THINKS, [(THOUGHT, "\n\nTwo.<|im_end|>", 1)]),
+    "tool-arguments-untrained": (TOOLS, NAMES, [(THOUGHT, '<call>add {"first":', 1)]),
     "tool-calls": (CHATML, CALLS, [(THOUGHT, "<|im_end|>", 1)]),
 }
 
@@ -115,7 +120,8 @@ def test_a_sound_sample_has_no_hit(ask: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", ["prompt-trained", "answer-start-untrained", "not-assistant",
-                                  "prefix-unstable", "thinking-lost", "tool-calls"])  # fmt: skip
+                                  "prefix-unstable", "thinking-lost", "tool-calls",
+                                  "tool-arguments-untrained"])  # fmt: skip
 def test_a_rule_fires_on_its_sample(rule: str, ask: Any) -> None:
     assert count(rule, ask(*FIRES[rule])) == 1
 

@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parents[4].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")
 
 IN_TESTS_OF_THEIR_OWN = {
-    "leading-newline", "unknown-token", "record-rejected", "render-differs",
+    "leading-newline", "nulls-padded", "record-rejected", "render-differs", "unknown-token",
     "special-token-in-text", "tool-arguments-twice", "tools-not-declared",
 }  # fmt: skip
 

@@ -1,0 +1,68 @@
+"""Files with one fault for all their lines, refused once with its cause instead of line by line.
+
+A file in UTF-16, one with the line ends of an old Macintosh, and one JSON object written over many
+lines would each be as many bad records as they have lines, none of which names the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import orjson
+
+from megasft.errors import DataError
+
+_UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
+LOOKED_AT: Final = 3
+"""Lines at the beginning of a file that show its kind."""
+
+
+def require_utf8(shown: str, beginning: bytes) -> None:
+    """Refuse a file in UTF-16 or UTF-32.
+
+    Args:
+        shown: Name of the file.
+        beginning: Its first four bytes.
+
+    Raises:
+        DataError: It is in one of them.
+    """
+    if beginning.startswith(_UTF16_BOMS) or b"\0" in beginning:
+        raise DataError(
+            f"{shown}:1: the file is in UTF-16 or UTF-32, and records are read as UTF-8 "
+            "(0 conversations); convert it, such as with iconv -f UTF-16 -t UTF-8"
+        )
+
+
+def require_lines(shown: str, lines: Sequence[bytes]) -> None:
+    """Refuse a file whose records are not its lines.
+
+    Args:
+        shown: Name of the file.
+        lines: Its first ones.
+
+    Raises:
+        DataError: They end in a carriage return alone, or are parts of one object.
+    """
+    texts = [line.strip() for line in lines if not line.isspace()]
+    if texts and b"\r" in texts[0]:
+        raise DataError(
+            f"{shown}:1: its lines end in a carriage return alone (\\r), so it looks like one line "
+            "(0 conversations); convert it, such as with tr '\\r' '\\n'"
+        )
+    is_part = len(texts) > 1 and texts[0].startswith(b"{") and texts[0].endswith((b"{", b"[", b","))
+    if is_part and not any(map(_is_json, texts[:2])):
+        raise DataError(
+            f"{shown}:1: the file is JSON over many lines (pretty-printed), and a record is a line "
+            "(0 conversations); write it with jq -c . or, where its records are a list within an "
+            "object, with jq -c '.NAME[]'"
+        )
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
