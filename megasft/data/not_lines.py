@@ -28,11 +28,18 @@ def require_utf8(shown: str, beginning: bytes) -> None:
     Raises:
         DataError: It is in one of them.
     """
-    if beginning.startswith(_UTF16_BOMS) or b"\0" in beginning:
-        raise DataError(
-            f"{shown}:1: the file is in UTF-16 or UTF-32, and records are read as UTF-8 "
-            "(0 conversations); convert it, such as with iconv -f UTF-16 -t UTF-8"
-        )
+    if not (beginning.startswith(_UTF16_BOMS) or b"\0" in beginning):
+        return
+    if beginning.count(0) > 2 or beginning.endswith(b"\0\0"):
+        name = "UTF-32"
+    elif beginning.startswith(_UTF16_BOMS):
+        name = "UTF-16"
+    else:
+        name = "UTF-16BE" if beginning.startswith(b"\0") else "UTF-16LE"
+    raise DataError(
+        f"{shown}:1: the file is in {name}, and records are read as UTF-8 (0 conversations); "
+        f"convert it, such as with iconv -f {name} -t UTF-8"
+    )
 
 
 def require_lines(shown: str, lines: Sequence[bytes]) -> None:

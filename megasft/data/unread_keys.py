@@ -71,8 +71,9 @@ def as_meta(seen: dict[UnreadKey, Seen]) -> list[dict[str, Any]]:
 
 def lines_of(meta: list[dict[str, Any]]) -> list[str]:
     """Return one line a key for a terminal, from what store.json keeps."""
-    return [
-        f"{UnreadKey(item['place'], item['key']).shown}: in {item['num_records']:,} records, "
-        f"first at {item['first']}"
-        for item in meta
-    ]
+    lines = []
+    for item in meta:
+        num, key = item["num_records"], UnreadKey(item["place"], item["key"])
+        records = "1 record" if num == 1 else f"{num:,} records"
+        lines.append(f"{key.shown}: in {records}, first at {item['first']}")
+    return lines

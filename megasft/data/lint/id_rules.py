@@ -34,9 +34,10 @@ def answer_cut(block: Block, vocabulary: Vocabulary) -> Ints:
 
 
 def stop_inside_turn(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns that hold a control token before their last token."""
+    """Return turns that hold a control token before the one, or the several, that end them."""
     control = flags(vocabulary.is_control, block.tokens)
-    inside = block.count_in_turns(control, but_last=True) > 0
+    is_followed = np.concatenate([control[1:], np.zeros(min(len(control), 1), bool)])
+    inside = block.count_in_turns(control & ~is_followed, but_last=True) > 0
     return block.sample[inside & ~block.whole]
 
 

@@ -201,3 +201,36 @@ def test_a_killed_build_leaves_no_store_and_no_workers_and_can_be_restarted(
     assert megasft(*arguments, "-o", undisturbed).code == 0
     for file in undisturbed.iterdir():
         assert file.read_bytes() == (store / file.name).read_bytes(), file.name
+
+
+def test_arguments_of_the_template_and_masks_are_flags_and_kept_in_the_store(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(GOOD.replace('"content": "Yo"', '"content": "<think>\\nHm\\n</think>\\n\\nYo"'))
+    arguments = ("build", "-i", path, "--tokenizer", tokenizer_dir, "-o", tmp_path / "s")
+    for wrong in ("{", "[1]", '{"messages": []}'):
+        seen = megasft(*arguments, "--template-kwargs", wrong)
+        assert seen.code != 0
+        assert "--template-kwargs" in seen.err
+    flags = ("--template-kwargs", '{"level": 3}', "--mask-thinking", "--mask-tool-calls")
+    assert megasft(*arguments, *flags).code == 0
+    store = open_store(tmp_path / "s")
+    assert store.meta["recipe"]["fields"]["template_kwargs"] == '{"level": 3}'
+    assert store.meta["recipe"]["mask_thinking"]
+    assert store.meta["recipe"]["mask_tool_calls"]
+    assert int(store.sample(0).turns[0, 1]) == 3  # "Yo" and the end of the turn
+    seen = megasft("lint", tmp_path / "s")
+    assert seen.code == 0, seen.out
+
+
+def test_keys_that_nobody_reads_are_printed_once(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{GOOD}\n" + GOOD.replace('{"messages"', '{"score": 1, "messages"') + "\n")
+    seen = megasft("build", "-i", path, "--tokenizer", tokenizer_dir, "-o", tmp_path / "s")
+    line = f"not read: `score` of a record: in 1 record, first at {path}:2"
+    assert seen.out.count("not read") == seen.out.count(line) == 1
+    shown = megasft("inspect", tmp_path / "s").out  # wrapped to the width of the terminal
+    assert "".join(line.removeprefix("not read: ").split()) in "".join(shown.split())

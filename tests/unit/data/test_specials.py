@@ -125,3 +125,38 @@ def test_a_role_token_that_is_not_called_special_is_escaped_too(tmp_path: Path) 
     kept = make(folder, record("a <|user|> b", "<tool_call>"), "keep")
     assert isinstance(kept, Made)
     assert kept.sample.tokens.tolist().count(512) == 2
+
+
+def test_words_and_line_ends_among_the_added_tokens_are_no_control_tokens(tmp_path: Path) -> None:
+    """Gemma 3 adds its line ends to the vocabulary, and the template writes them."""
+    template = CHATML.replace("<|im_start|>", "[turn]")
+    folder = make_tokenizer(tmp_path, chat_template=template)
+    hf = AutoTokenizer.from_pretrained(folder)
+    hf.add_tokens(["\n", "\n\n", "user", "assistant", "[turn]", "\u2581\u2581", "."])
+    hf.save_pretrained(folder)
+    control = Tokenizer(Recipe(folder))._folder.control_tokens()
+    assert control & {"\n", "\n\n", "user", "assistant", "."} == set()
+    assert "[turn]" in control
+    for text in ("First.\n\nSecond\n", "user: assistant"):
+        assert isinstance(make(folder, record(text, text), "reject"), Made)
+    assert isinstance(make(folder, record("[turn]", "Hi"), "reject"), Rejected)
+
+
+@pytest.mark.parametrize("policy", ["escape", "reject", "keep"])
+def test_a_text_is_one_turn_with_its_eos_and_no_label_for_its_first_token(
+    tmp_path: Path, policy: str
+) -> None:
+    folder = make_tokenizer(tmp_path)
+    hf = AutoTokenizer.from_pretrained(folder)
+    for text, spells in (("Water boils.\n", False), ("Say <|im_end|> now", True)):
+        made = make(folder, {"text": text}, policy)
+        if spells and policy == "reject":
+            assert isinstance(made, Rejected)
+            continue
+        assert isinstance(made, Made)
+        tokens, turns = made.sample
+        assert hf.decode(tokens) == f"{text}<|im_end|>"
+        assert tokens.tolist().count(IM_END) == 1 + (spells and policy == "keep")
+        assert tokens[-1] == IM_END
+        assert turns[:, :2].tolist() == [[1, len(tokens) - 1]]
+        assert made.stop_ids == (IM_END,)

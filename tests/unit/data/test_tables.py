@@ -126,3 +126,27 @@ def test_a_store_of_a_table_is_the_same_for_any_workers_and_knows_its_records(
         stores.append({file.name: file.read_bytes() for file in output.iterdir()})
     assert stores[0] == stores[1]
     assert open_store(output).source_line(19_999) == f"{path}:record 20000"
+
+
+@pytest.mark.parametrize("kind", ["a text", "a list of texts", "a list of Arrow's JSON"])
+def test_messages_in_json_columns_are_read_as_messages(
+    tmp_path: Path, tokenizer_dir: Path, kind: str
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    texts = [orjson.dumps(message).decode() for message in messages]
+    column = pyarrow.array([orjson.dumps(messages).decode()])
+    if kind != "a text":
+        column = pyarrow.array([texts], pyarrow.list_(pyarrow.string()))
+    if "Arrow" in kind:
+        column = column.cast(pyarrow.list_(pyarrow.json_()))
+    parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "json.parquet")
+    (tmp_path / "plain.jsonl").write_bytes(orjson.dumps({"messages": messages}))
+    stores = []
+    for name in ("json.parquet", "plain.jsonl"):
+        output = tmp_path / f"{name}-store"
+        options = BuildOptions((tmp_path / name,), output, Recipe(tokenizer_dir))
+        build(options, on_bytes=lambda n: None, on_rejected=lambda p, m: None)
+        stores.append(open_store(options.output).sample(0))
+    assert [sample.tokens.tolist() for sample in stores[:1]] == [stores[1].tokens.tolist()]
+    assert stores[0].turns.tolist() == stores[1].turns.tolist()

@@ -31,6 +31,13 @@ FIRES: dict[str, Given] = {
 """A sample each rule fires on; none fires on ``SOUND``."""
 
 
+def test_several_stops_at_the_end_of_a_turn_are_its_end(tmp_path: Path) -> None:
+    ended = ([*HEAD, 12, STOP, BOS, STOP], [(3, 4)])
+    assert "stop-inside-turn" not in lint_samples(tmp_path / "ended", ended)
+    goes_on = ([*HEAD, 12, STOP, BOS, 13, STOP], [(3, 5)])
+    assert "stop-inside-turn" in lint_samples(tmp_path / "goes_on", goes_on)
+
+
 def lint_samples(folder: Path, *samples: Given) -> dict[str, Any]:
     return lint(made(folder / "store", *samples, special_tokens=SPECIAL | {"bos": BOS}))
 

@@ -54,7 +54,7 @@ def test_an_unread_key_that_sounds_like_a_label_is_an_error_with_its_first_line(
     assert findings["unread-key"].severity is Severity.NOTE
     assert findings["unread-meaning"].severity is Severity.ERROR
     assert findings["unread-meaning"].detail == (
-        "`loss_masks` of a message: in 1 records, first at chats.jsonl:3"
+        "`loss_masks` of a message: in 1 record, first at chats.jsonl:3"
     )
 
 
