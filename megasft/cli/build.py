@@ -217,6 +217,8 @@ def build(
     from megasft.data.tokenize import Recipe
 
     _require_effect(format, (prompt_key, response_key), (system_key, query_key))
+    if train_on is TrainOn.EVERYTHING and (mask_thinking or mask_tool_calls):
+        raise FlagError("--mask-thinking and --mask-tool-calls have no effect on everything")
     if category and category_from_file:
         raise FlagError("--category and --category-from-file name the same thing; drop one")
     train_files, valid_files = find_splits((*inputs, *(more_inputs or ())))

@@ -15,8 +15,7 @@ _MEANT: Final = {
     *("label", "labels", "loss", "mask", "masks", "masked", "weight", "weights", "train"),
     *("trained", "training", "trainable", "supervised", "learn", "target", "targets"),
     *("prompt", "prompts", "system", "instruction", "instructions", "query", "question"),
-    *("input", "inputs", "context", "history", "response", "completion", "answer", "output"),
-    *("tool", "tools", "function", "functions", "reasoning", "thinking", "thought"),
+    *("input", "inputs", "context", "history"),
     *("image", "images", "audio", "audios", "video", "videos", "media", "picture", "pictures"),
 }
 _ABOUT: Final = {
@@ -46,7 +45,7 @@ class Seen(NamedTuple):
 
 
 def sounds_meant(key: str) -> bool:
-    """Say whether a key sounds like a label, a prompt, an answer, a tool or a picture.
+    """Say whether a key sounds like a label, a prompt, or a picture and its like.
 
     Example:
         >>> [sounds_meant(key) for key in ("loss_mask", "promptText", "prompt_id", "score")]

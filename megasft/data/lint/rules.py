@@ -165,7 +165,7 @@ RULES: Final[dict[str, Rule]] = {
     ),
     "unread-meaning": Rule(
         _E, "records",
-        "a key that sounds like a label, a prompt, an answer, a tool or a picture is not read",
+        "a key that sounds like a label, a prompt or a picture is not read",
         "rename it to a key that is read (megasft/data/README.md lists them), or remove it; if it "
         "means something else, --ignore unread-meaning",
         OnStore(store_rules.unread_meaning),

@@ -163,7 +163,7 @@ def unread_key(subject: Subject) -> Hits:
 
 
 def unread_meaning(subject: Subject) -> Hits:
-    """Report those that sound like a label, a prompt, an answer, a tool or a picture."""
+    """Report those that sound like a label, a prompt or a picture."""
     return _unread(subject, meant=True)
 
 

@@ -213,6 +213,9 @@ def test_arguments_of_the_template_and_masks_are_flags_and_kept_in_the_store(
         seen = megasft(*arguments, "--template-kwargs", wrong)
         assert seen.code != 0
         assert "--template-kwargs" in seen.err
+    seen = megasft(*arguments, "--mask-thinking", "--train-on", "everything")
+    assert seen.code != 0
+    assert "no effect" in seen.err
     flags = ("--template-kwargs", '{"level": 3}', "--mask-thinking", "--mask-tool-calls")
     assert megasft(*arguments, *flags).code == 0
     store = open_store(tmp_path / "s")

@@ -22,7 +22,11 @@ def chat(number: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def build(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Result]:
+def build(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    monkeypatch.setattr("megasft.cli.build._fitting_workers", lambda files: 0)  # in this process
+
     def run(given: Path, *flags: str) -> Result:
         command = ["build", "--input", given, "--tokenizer", tokenizer_dir]
         output = ["--output", tmp_path / "store", "--overwrite"]

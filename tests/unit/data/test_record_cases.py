@@ -329,3 +329,49 @@ def _build(tmp_path: Path, folder: Path, *records: Record) -> Tally:
     file.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records))
     options = BuildOptions((file,), tmp_path / "store", Recipe(folder), overwrite=True)
     return build(options, on_bytes=lambda n: None, on_rejected=lambda place, why: None)
+
+
+@pytest.mark.parametrize(
+    ("record", "said_by_user"),
+    [
+        ({"instruction": "", "input": "Add 1 and 2", "output": "3"}, ["Add 1 and 2"]),
+        ({"instruction": None, "input": "Add 1 and 2", "output": "3"}, ["Add 1 and 2"]),
+        ({"instruction": "Add", "input": "1 and 2", "output": "3"}, ["Add\n1 and 2"]),
+        (
+            {"instruction": "Human:Hi\nAssistant:Yo\nHuman:1+2?\nAssistant:", "output": "3"},
+            ["Hi", "1+2?"],
+        ),
+        ({"instruction": "Human:Hi\nSo?", "output": "3"}, ["Human:Hi\nSo?"]),
+        ({"prompt": [{"role": "user", "content": "1+2?"}], "completion": "3"}, ["1+2?"]),
+        ({"kind": "maths", "input": "1+2?", "target": "3"}, ["1+2?"]),
+    ],
+)
+def test_formats_of_published_data_become_conversations(
+    record: Record, said_by_user: list[str]
+) -> None:
+    messages = read(record).messages
+    assert [m.content for m in messages if m.role == "user"] == said_by_user
+    assert (messages[-1].role, messages[-1].content, messages[-1].trained) == (
+        "assistant",
+        "3",
+        True,
+    )
+
+
+def test_answers_in_a_prompt_of_messages_are_not_trained_unless_they_say_so() -> None:
+    prompt = as_messages(LIMA[:2])["messages"]
+    record = {"prompt": prompt, "completion": [{"role": "assistant", "content": "Lima."}]}
+    assert [trained for role, _, trained in said(record) if role == "assistant"] == [0, 0, 1]
+    prompt[1]["weight"] = 1
+    assert [trained for role, _, trained in said(record) if role == "assistant"] == [1, 0, 1]
+
+
+def test_moss_keeps_its_thoughts_and_refuses_its_plugins() -> None:
+    turn = {"Human": "<|Human|>: Hi<eoh>", "Inner Thoughts": "<|Inner Thoughts|>: Greet.<eot>",
+            "Commands": "<|Commands|>: None<eoc>", "MOSS": "<|MOSS|>: Yo<eom>"}  # fmt: skip
+    record = {"meta_instruction": "Be kind.", "chat": {"turn_10": turn, "turn_9": turn}}
+    messages = read(record).messages
+    assert [m.content for m in messages] == ["Be kind.", "Hi", "Yo", "Hi", "Yo"]
+    assert messages[2].extra == {"reasoning_content": "Greet."}
+    turn["Commands"] = '<|Commands|>: Search("x")<eoc>'
+    assert refusal(record).reason == "not supported"

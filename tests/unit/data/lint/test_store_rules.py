@@ -62,7 +62,7 @@ def test_an_unread_key_that_sounds_like_a_label_is_an_error_with_its_first_line(
     ("meant", "keys"),
     [
         (True, ["mask", "loss_weights", "trainOn", "prompt_text", "INPUT", "images_b64"]),
-        (False, ["id", "score", "source", "prompt_id", "num_tokens", "answer_length"]),
+        (False, ["id", "score", "prompt_id", "num_input_tokens", "parallel_tool_calls", "answer"]),
     ],
 )
 def test_a_key_sounds_like_a_label_by_its_words(meant: bool, keys: list[str]) -> None:
