@@ -107,16 +107,21 @@ def require_whole(index: int, message: Message, block: str) -> None:
     """Refuse a generation block that leaves out a part of its message.
 
     Raises:
-        BadRecordError: A text, a thinking or the name of a called tool is missing.
+        BadRecordError: A text, a thinking or a part of a tool call is missing.
     """
     wanted = [message.content or ""]
     wanted += [str(message.extra[key]) for key in REASONING_KEYS if message.extra.get(key)]
-    has_calls = all(call.name in block or call.is_named_by_id(block) for call in calls_of(message))
+    has_calls = all(call.is_in(block) for call in calls_of(message))
     if not has_calls or not all(part.strip() in block for part in wanted):
-        raise BadRecordError(
-            "the template changed the message",
-            f"the {{% generation %}} block of message {index} does not hold all of it",
-        )
+        raise not_whole(index)
+
+
+def not_whole(index: int) -> BadRecordError:
+    """Return the error for a generation block that leaves out a part of its message."""
+    return BadRecordError(
+        "the template changed the message",
+        f"the {{% generation %}} block of message {index} does not hold all of it",
+    )
 
 
 def _require_plain(conversation: Conversation) -> None:

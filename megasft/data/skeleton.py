@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from megasft.data.chat_template import CLOSE, OPEN, ChatTemplate
 from megasft.data.conversation import BadRecordError, Conversation
-from megasft.data.marks import generation_blocks
+from megasft.data.marks import generation_blocks, not_whole
 from megasft.data.shape import REASONING, TOOL_NAME, Leaf, Probe, probe
 from megasft.data.tool_calls import calls_of, with_mark
 from megasft.data.turn_bounds import Place, Span, TurnBounds
@@ -99,10 +99,10 @@ def learn(
         if name is not firsts[name.leaf] and asked.leaves[name.leaf].kind != TOOL_NAME:
             return None  # a text is rendered twice: which of them is trained only marks can tell
     stripped = _missing_thinking(conversation, asked, firsts.keys(), text)
+    once = sorted(firsts.values(), key=lambda name: name.start)
     if template.has_generation_tags:
-        spans = _tagged_spans(template, bounds, conversation, asked, text)
+        spans = _tagged_spans(template, bounds, conversation, asked, once, text)
     else:
-        once = sorted(firsts.values(), key=lambda name: name.start)
         spans = _plain_spans(template, bounds, conversation, asked, once, text)
     if spans is None:
         return None
@@ -275,6 +275,7 @@ def _tagged_spans(
     bounds: TurnBounds,
     conversation: Conversation,
     asked: Probe,
+    found: list[_Found],
     text: str,
 ) -> list[Span] | None:
     marked = template.run(asked.messages, conversation.tools, mark_generation=True)
@@ -285,8 +286,13 @@ def _tagged_spans(
     def prompt(count: int) -> str:
         return template.run(asked.messages[:count], conversation.tools, add_generation_prompt=True)
 
-    return [
-        bounds.in_block(text, Place(index, start, end, start, len(text), False), prompt)
-        for start, end, index in blocks
-        if conversation.messages[index].trained
-    ]
+    spans = []
+    for start, end, index in blocks:
+        if conversation.messages[index].trained:
+            place = Place(index, start, end, start, len(text), False)
+            places = [n for n in found if asked.leaves[n.leaf].message == index]
+            last = _with_arguments(place, template, conversation, asked, text).calls_end or start
+            if last > end or any(not start <= n.start <= n.end <= end for n in places):
+                raise not_whole(index)
+            spans.append(bounds.in_block(text, place, prompt))
+    return spans

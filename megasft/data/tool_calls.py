@@ -30,6 +30,17 @@ class Call(NamedTuple):
     id: str
     arguments: Any
 
+    def is_in(self, text: str) -> bool:
+        """Say whether a text holds the name, or the id in its place, and all arguments."""
+        is_named = self.name in text or self.is_named_by_id(text)
+        arguments = self.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = exact_json.load_exactly(arguments)
+            except ValueError:
+                return is_named and arguments in text
+        return is_named and all(_is_in(value, text) for value in _leaves(arguments))
+
     def is_named_by_id(self, text: str) -> bool:
         """Say whether a text names the function by the id of the call (Kimi's)."""
         return bool(self.name) and self.name in self.id and self.id in text
@@ -58,6 +69,24 @@ def with_mark(messages: list[dict[str, Any]], index: int) -> list[dict[str, Any]
 
     marked = {**messages[index], "tool_calls": [*calls[:-1], _changed(calls[-1], more)]}
     return [*messages[:index], marked, *messages[index + 1 :]]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _is_in(value: Any, text: str) -> bool:
+    written = json.dumps(value, ensure_ascii=False)
+    forms = (value, written[1:-1]) if isinstance(value, str) else (written, str(value))
+    return value is None or any(form in text for form in forms)
 
 
 class ArgumentForm:

@@ -203,3 +203,28 @@ def test_an_id_that_does_not_name_the_function_is_no_name() -> None:
     make = Make(False, "", EOS, "id", "object", "none")
     with pytest.raises(BadRecordError, match="does not render the tool name"):
         spans_of(make, [user("Weather?"), asks])
+
+
+@pytest.mark.parametrize("left_out", ["call", "arguments", "thinking"])
+def test_a_generation_block_that_leaves_out_a_part_is_refused(left_out: str) -> None:
+    parts = {
+        "thinking": "{{- m.reasoning_content or '' }}",
+        "text": "{{- m.content }}",
+        "call": "{%- for c in m.tool_calls or [] %}{{- c.function.name }}{% endfor %}",
+        "arguments": "{%- for c in m.tool_calls or [] %}{{- c.function.arguments | tojson }}"
+        "{% endfor %}{{- '<|im_end|>' }}",
+    }
+    outside = {"call": ("call", "arguments"), "arguments": ("arguments",), "thinking": ()}[left_out]
+    before = parts.pop("thinking") if left_out == "thinking" else ""
+    inside = "".join(text for name, text in parts.items() if name not in outside)
+    behind = "".join(parts[name] for name in outside)
+    source = (
+        "{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' }}"
+        "{%- if m.role == 'assistant' %}" + before + "{%- generation %}" + inside
+        + "{%- endgeneration %}" + behind + "{%- else %}{{- m.content }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    renderer = Renderer(source, special_tokens={"eos_token": EOS}, stops=SPECIAL)
+    asks = calls({"city": "Oslo"}) | {"content": "Let me look.", "reasoning_content": "Hm"}
+    record = json.dumps({"messages": [user("Weather?"), asks]}).encode()
+    with pytest.raises(BadRecordError, match="does not hold all of it"):
+        renderer.render(parse(record, FieldMap()))
