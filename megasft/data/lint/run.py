@@ -42,7 +42,9 @@ DEFAULT_SAMPLED: Final = 2_000
 _BROKEN_BY_EVERYTHING: Final = {"mask-all-one"}
 _BROKEN_BY_MASKS: Final = {
     "mask_thinking": {"answer-start-untrained"},
-    "mask_tool_calls": {"tool-calls", "tool-arguments-untrained", "turn-without-stop"},
+    "mask_tool_calls": {
+        *("tool-calls", "tool-arguments-untrained", "turn-without-stop", "stop-not-trained")
+    },
 }
 """Rules that stores built with these options break on purpose."""
 
