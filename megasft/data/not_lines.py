@@ -58,8 +58,10 @@ def require_lines(shown: str, lines: Sequence[bytes]) -> None:
             f"{shown}:1: its lines end in a carriage return alone (\\r), so it looks like one line "
             "(0 conversations); convert it, such as with tr '\\r' '\\n'"
         )
-    is_part = len(texts) > 1 and texts[0].startswith(b"{") and texts[0].endswith((b"{", b"[", b","))
-    if is_part and not any(map(_is_json, texts[:2])):
+    if len(texts) < 2 or not texts[0].startswith(b"{") or any(map(_is_json, texts[:2])):
+        return
+    # `{` and then a key; or an object that opens a list, and then its first entry.
+    if texts[1].startswith(b'"') if texts[0] == b"{" else texts[0].endswith((b"{", b"[", b",")):
         raise DataError(
             f"{shown}:1: the file is JSON over many lines (pretty-printed), and a record is a line "
             "(0 conversations); write it with jq -c . or, where its records are a list within an "
