@@ -13,6 +13,7 @@ them fails, or when its connection closes, as it does however the test session e
 Usage: python -m tests.rank_server DESCRIPTOR, a socket on which requests come; see ``Request``.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib
@@ -107,8 +108,12 @@ def import_everything() -> dict[str, str]:
     before = dict(os.environ)
     cpu.prepare()
     cpu.skip_missing_makefile()
+    cpu.remember_sources()
     for name in IMPORTED:
         importlib.import_module(name)
+    # Ranks inherit the sources that Megatron's parser takes the help of its flags from.
+    arguments = importlib.import_module("megatron.training.arguments")
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
     # What no rank will free need not be copied when a rank's collector looks at it.
     gc.collect()
     gc.freeze()
