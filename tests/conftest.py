@@ -1,16 +1,33 @@
 """Fixtures for tests of any kind."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.ranks import Group
 
+# A deadline is a timed assertion: a busy machine breaks it.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
+
 # Threads of tiny models do nothing but wait for each other: the float64 truth of a training step
 # takes 0.3 s of CPU with one and 4 s with two. Set here, as torch reads it when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Take back where a test made megasft's own lines go: its standard error is closed by then."""
+    logger = logging.getLogger("megasft")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What a user reads of a wrong run through the real entry point, before anything is started."""
 
 import json
-import logging
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,8 +23,6 @@ class StartedError(Exception):
 
 @pytest.fixture(autouse=True)
 def stop_before_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    logger = logging.getLogger("megasft")
-    before = logger.handlers[:], logger.propagate, logger.level
     pretrain_sft.cpu.prepare()
     import megatron.training
 
@@ -36,8 +33,6 @@ def stop_before_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RANK", "0")
     yield
     unset_globals()
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
 
 
 def unset_globals() -> None:
