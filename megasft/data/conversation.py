@@ -120,6 +120,7 @@ class Conversation:
         template_kwargs: What the chat template is given beside messages and tools.
         is_text: Pretraining text, which no chat template sees.
         unread: Keys of the record that nobody reads.
+        has_fields: It may hold something else than texts.
     """
 
     messages: tuple[Message, ...]
@@ -128,11 +129,7 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = MappingProxyType({})
     is_text: bool = False
     unread: tuple[str, ...] = ()
-
-    @property
-    def has_fields(self) -> bool:
-        """Whether it holds anything but texts."""
-        return bool(self.tools or self.template_kwargs or any(m.extra for m in self.messages))
+    has_fields: bool = True
 
 
 def make_messages(
@@ -238,7 +235,7 @@ def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) 
     if len(item) == 2 and type(content) is str:  # nearly all: a role, a text, and nothing else
         wanted = flags[index] if flags else is_default
         trained = role == "assistant" and wanted
-        return Message(role, content, trained, _NOTHING_ELSE, labelled=flags is not None)
+        return Message(role, content, trained, _NOTHING_ELSE, None, flags is not None)
     own = [key for key in LABEL_KEYS if item.get(key) is not None]
     if len(own) > (flags is None):
         listed = [*own, *(["the record's `labels`"] if flags else [])]

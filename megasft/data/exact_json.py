@@ -10,12 +10,12 @@ must not cost the record.
 from __future__ import annotations
 
 import json
-import re
 from typing import Any, Final, NoReturn
 
 import orjson
 
-_LONG_NUMBER: Final = re.compile(rb"[0-9]{19}")
+_DIGITS: Final = bytes(ord("0") if chr(i).isdecimal() and i < 128 else 32 for i in range(256))
+_LONG_NUMBER: Final = b"0" * 19
 
 
 def load(data: bytes | str) -> Any:
@@ -46,7 +46,7 @@ def load(data: bytes | str) -> Any:
 
 def has_long_number(data: bytes) -> bool:
     """Say whether ``load`` may have read an integer as a float."""
-    return _LONG_NUMBER.search(data) is not None
+    return _LONG_NUMBER in data.translate(_DIGITS)  # some ten times faster than a pattern
 
 
 def load_exactly(data: bytes | str) -> Any:

@@ -83,12 +83,15 @@ def conversation_of(
         category = make_category(decoded(record.get("meta"), "`meta`"))
     named = (*read, mapping.system_key, mapping.category_key)
     unread = [key for key in record if key not in _READ and key not in named]
+    tools = _tools(record)
+    kwargs = template_kwargs(record.get("chat_template_kwargs"), mapping.template_kwargs)
     return Conversation(
         messages,
         category,
-        _tools(record),
-        template_kwargs(record.get("chat_template_kwargs"), mapping.template_kwargs),
+        tools,
+        kwargs,
         unread=_but_copies(record, messages, unread) if unread else (),
+        has_fields=bool(tools or kwargs or [1 for message in messages if message.extra]),
     )
 
 

@@ -114,6 +114,8 @@ class Renderer:
         eos = str(special_tokens.get("eos_token") or "")
         self._bounds = TurnBounds(self._template, tuple(stops), eos)
         self._arguments = ArgumentForm(self._template)
+        self._masks = [without_thinking] if options.mask_thinking else []
+        self._masks += [without_calls] if options.mask_tool_calls else []
         self._specials, self._options = specials, options
         self._skeletons: dict[Shape, Skeleton | BadRecordError | None] = {}
         self._hidden: dict[Shape, Skeleton] = {}
@@ -135,7 +137,8 @@ class Renderer:
             BadRecordError: The template refuses the conversation or changes a trained message.
             UnfaithfulError: The render is not Jinja's, and nothing in the texts explains it.
         """
-        conversation = self._arguments.fit(conversation)
+        if conversation.has_fields:
+            conversation = self._arguments.fit(conversation)
         shape, leaves = shape_of(conversation)
         words = "\0".join(leaves)
         must_hide = self._must_hide(conversation, words)
@@ -164,16 +167,10 @@ class Renderer:
     def _kept_parts(
         self, conversation: Conversation, text: str, spans: Sequence[Span]
     ) -> tuple[Span, ...]:
-        masks = [
-            mask
-            for mask, is_on in (
-                (without_thinking, self._options.mask_thinking),
-                (without_calls, self._options.mask_tool_calls),
-            )
-            if is_on
-        ]
+        if not self._masks:
+            return tuple(spans)
         kept = list(spans)
-        for mask in masks:
+        for mask in self._masks:
             kept = [mask(text, span, conversation.messages[span.message]) for span in kept]
         left = tuple(span for span in kept if span.start < span.end)
         if spans and not left:
@@ -221,8 +218,7 @@ class Renderer:
         return found is not None
 
     def _in_fields(self, conversation: Conversation) -> str | None:
-        has_fields = conversation.tools or any(m.extra for m in conversation.messages)
-        if has_fields and self._specials is not None:
+        if conversation.has_fields and self._specials is not None:
             return self._specials.find("\0".join(extra_texts(conversation)))
         return None
 

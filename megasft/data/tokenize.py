@@ -317,8 +317,10 @@ class Tokenizer:
         return self._fit(made) if self._recipe.limit.exceeded_by(sample) else made
 
     def _unread(self, conversation: Conversation) -> tuple[UnreadKey, ...]:
+        if not conversation.unread and not conversation.has_fields:
+            return ()
         unread = [UnreadKey(OF_RECORD, key) for key in conversation.unread]
-        if any(message.extra for message in conversation.messages) and not conversation.is_text:
+        if conversation.has_fields and not conversation.is_text:
             keys = self._renderer(conversation).unread(conversation)
             unread += [UnreadKey(OF_MESSAGE, key) for key in keys]
         return tuple(unread)
