@@ -120,6 +120,8 @@ def forget() -> None:
     from megatron.training.training import destroy_global_state
     from torch.distributed.distributed_c10d import _world
 
+    if not torch.distributed.is_initialized():
+        return  # a finished run, which starts nothing
     torch.distributed.barrier()
     destroy_global_state()
     _release_groups()

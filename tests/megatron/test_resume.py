@@ -199,17 +199,6 @@ def test_a_run_killed_while_saving_resumes_from_the_last_whole_checkpoint(
     assert int((folder / TRACKER).read_text()) == STEPS
 
 
-def test_starting_a_finished_run_again_ends_at_once(
-    world: World, uninterrupted: dict[int, float]
-) -> None:
-    flags = (*checkpoint_flags(world.folder / "finished"), "--train-iters", 1)
-    train(1, [world.flags("once", *flags)], world.folder / "w1e")
-
-    train(1, [world.flags("twice", *flags)], world.folder / "w1f")
-
-    assert "lm loss" not in scalars(world.folder / "twice")
-
-
 def test_resuming_on_other_rows_is_refused_and_the_difference_named(world: World) -> None:
     folder = checkpoint_flags(world.folder / "rows")
     train(1, [world.flags("rows1", *folder, "--exit-interval", 1)], world.folder / "w1c")
