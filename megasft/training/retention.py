@@ -70,17 +70,26 @@ class Retention:
         self._seen = 0
         self._deleting: list[threading.Thread] = []
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a checkpoint was saved since the last look; one ``stat``, for every step."""
+        return self._changed() not in (0, self._seen)
+
+    def _changed(self) -> int:
+        """Return when the tracker was written, in ns; 0 when nothing was saved yet."""
+        try:
+            return (self.folder / TRACKER).stat().st_mtime_ns
+        except OSError:
+            return 0
+
     def look(self, keep: Collection[int] = ()) -> None:
         """Delete what a new whole checkpoint has made superfluous.
 
         Args:
             keep: Iterations to be kept besides.
         """
-        try:
-            changed = (self.folder / TRACKER).stat().st_mtime_ns
-        except OSError:
-            return  # nothing was saved yet
-        if changed == self._seen:
+        changed = self._changed()
+        if changed in (0, self._seen):
             return
         if not self._seen:  # what an earlier process did not get done
             for doomed in self.folder.glob(f"{_DOOMED}*"):

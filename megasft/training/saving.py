@@ -321,7 +321,7 @@ class Keeper:
         return not self.args.eval_iters or self._evaluated_step in whole_checkpoints(folder)[-1:]
 
     def _delete(self) -> None:
-        if self.retention is None:
+        if self.retention is None or not self.retention.is_due:
             return
         kept: set[int] = set()
         if self.best is not None:
