@@ -4,17 +4,16 @@ Conversion does not import training, and Megatron on a CPU changes torch for the
 so the worker is named as a module and told its cases in a file (``megasft.proof.forward.Case``).
 """
 
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
+
+from megasft.ranks.group import Ranks, start
 
 WORKER: Final = "megasft.proof.forward"
 
@@ -87,7 +86,8 @@ def run(
         listing, log = folder / f"cases{ranks}.json", folder / f"worker{ranks}.log"
         listing.write_bytes(orjson.dumps([asdict(case) for case in left]))
         with log.open("w") as output:
-            ended = _wait(_start(ranks, listing, output), left, watch)
+            started = start(ranks, WORKER, str(listing), output=output, imports=(WORKER,))
+            ended = _wait(started, left, watch)
         for case in _finished(left):
             left.remove(case)
             if case.failure is not None:
@@ -98,25 +98,7 @@ def run(
     return failures
 
 
-def _start(ranks: int, listing: Path, output: Any) -> subprocess.Popen[bytes]:
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    # Of a torchrun that this process may be a part of itself.
-    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), "-m", WORKER, str(listing)),
-        ],
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=environment | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
-def _wait(
-    process: subprocess.Popen[bytes], cases: Sequence[Case], watch: Callable[[], None]
-) -> str | None:
+def _wait(process: Ranks, cases: Sequence[Case], watch: Callable[[], None]) -> str | None:
     """Wait for the end; return why the processes were stopped, if they were."""
     last_sign, signs = time.monotonic(), -1
     try:

@@ -1,12 +1,9 @@
 """Runs layouts through the real training entry point and judges each against the truth.
 
-All runs of one world size share a process group (starting processes is what costs on a CPU); when
-one of them takes the processes down, it is reported and the rest is started again.
+All runs of one world size share a process group; when one of them takes the processes down, it is
+reported and the rest is started again.
 """
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,22 @@ from megasft.proof.layouts import Layout, select
 from megasft.proof.oracle import Truth, saved_names
 from megasft.proof.verdict import Verdict, compare
 from megasft.proof.world import OBJECTIVES, MicroBatches, Objective, World, make_world
+from megasft.ranks.group import Ranks, start, warm_up
+
+WORKER: Final = "megasft.proof.worker"
+TRAINING: Final = (
+    "megasft.pretrain_sft",
+    "megasft.proof.defects",
+    "megasft.training.arguments",
+    "megasft.training.datasets",
+    "megasft.training.forward_step",
+    "megasft.training.global_batch",
+    "megasft.training.hooks",
+    "megasft.training.model",
+    "megasft.training.model_builder",
+    "megasft.training.resume",
+)
+"""Modules that a rank imports to train, imported once before ranks are forked."""
 
 SILENT_SECONDS: Final = 300
 """A run that shows nothing for so long hangs; it is stopped and reported."""
@@ -90,6 +103,8 @@ def prove(
     torch.set_num_threads(1)
     planned = _plan(settings)
     announce([layout.ranks for _, layout, _ in planned])
+    if settings.device == "cpu":
+        warm_up()  # its imports take as long as the models
     settings.folder.mkdir(parents=True, exist_ok=True)
     worlds = {f: make_world(settings.folder, f) for f in dict.fromkeys(f for f, _, _ in planned)}
     runs = [
@@ -179,7 +194,14 @@ def _launch(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[Run, str]
         listing.write_bytes(orjson.dumps([run.entry(settings) for run in left]))
         log = settings.folder / "worker.log"
         with log.open("w") as output:
-            process = _start(left[0].layout.ranks, listing, settings, output)
+            process = start(
+                left[0].layout.ranks,
+                WORKER,
+                str(listing),
+                output=output,
+                imports=TRAINING,
+                device=settings.device,
+            )
             finished = yield from _follow(process, left)
         left = left[finished:]
         if left:
@@ -188,22 +210,7 @@ def _launch(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[Run, str]
             left = left[1:]
 
 
-def _start(ranks: int, listing: Path, settings: Settings, output: Any) -> Any:
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
-    if settings.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    worker = ("-m", "megasft.proof.worker", str(listing))
-    return subprocess.Popen(
-        [*launcher, "--nproc-per-node", str(ranks), *worker],
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=environment,
-    )
-
-
-def _follow(process: Any, runs: Sequence[Run]) -> Generator[tuple[Run, str], None, int]:
+def _follow(process: Ranks, runs: Sequence[Run]) -> Generator[tuple[Run, str], None, int]:
     """Yield runs as their records appear; return how many there were."""
     finished, last_sign = 0, time.monotonic()
     try:

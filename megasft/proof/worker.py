@@ -92,7 +92,8 @@ class Recorder:
 def main() -> None:
     """Run every entry of the list; what one of them raises is recorded and the next one runs."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    cpu.remember_sources()
+    cpu.prepare()  # before anything of Megatron is imported
+    cpu.remember_docstrings()
     for number, entry in enumerate(orjson.loads(Path(sys.argv[1]).read_bytes())):
         path, defect = Path(entry["record"]), DEFECTS.get(entry.get("defect"))
         recorder = Recorder(path, defect)

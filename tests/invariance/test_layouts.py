@@ -9,7 +9,7 @@ from megasft.proof.families import FAMILIES
 from megasft.proof.prove import Settings, prove
 from megasft.proof.verdict import Verdict
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
+pytestmark = pytest.mark.slow
 
 EVERYTHING = Settings(
     families=tuple(FAMILIES),

@@ -6,11 +6,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
+from typing import IO
 
-from tests.ranks import CPU_ENV, ROOT, Group, free_port
+from megasft.proof.prove import TRAINING
+from megasft.ranks.group import Group, free_port
 
 __all__ = ["CPU_ENV", "ROOT", "free_port", "scalars", "torchrun", "train"]
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(world_size: int, *command: str, timeout: float = 600, is_warm: bool = True) -> str:
@@ -20,12 +26,12 @@ def torchrun(world_size: int, *command: str, timeout: float = 600, is_warm: bool
         world_size: Ranks.
         command: ``-m``, the module and its arguments.
         timeout: Seconds, after which the ranks are ended.
-        is_warm: Whether ranks are forked by ``tests.rank_server``, which saves their imports, or
+        is_warm: Whether ranks are forked by ``megasft.ranks``, which saves their imports, or
             started by torchrun itself.
     """
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         if is_warm:
-            code = Group(world_size, command, stdout=stdout, stderr=stderr).wait(timeout)
+            code = group(world_size, command, stdout=stdout, stderr=stderr).wait(timeout)
         else:
             launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
             code = subprocess.run(
@@ -42,6 +48,19 @@ def torchrun(world_size: int, *command: str, timeout: float = 600, is_warm: bool
         output = stdout.read() + stderr.read()
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
     return output
+
+
+def group(world_size: int, command: Sequence[str], *, stdout: IO[str], stderr: IO[str]) -> Group:
+    """Fork ranks, from the project's folder."""
+    with chdir(ROOT):
+        return Group(
+            world_size,
+            command,
+            stdout=stdout,
+            stderr=stderr,
+            imports=TRAINING,
+            environment=os.environ | CPU_ENV,
+        )
 
 
 def train(

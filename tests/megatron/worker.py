@@ -19,7 +19,8 @@ from megasft.proof.worker import forget
 
 def main() -> None:
     configure_logging(rank=0)
-    cpu.remember_sources()
+    cpu.prepare()  # before anything of Megatron is imported
+    cpu.remember_docstrings()
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         # --exit-interval ends a run through sys.exit, as a scheduler's time limit would.
         with suppress(SystemExit):

@@ -145,7 +145,6 @@ def test_a_run_that_changes_nothing_gives_back_the_model_it_started_from(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_ranks")
 def test_what_was_trained_in_parallel_and_exported_computes_what_megatron_computes(
     tmp_path: Path,
 ) -> None:

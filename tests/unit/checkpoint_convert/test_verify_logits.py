@@ -128,7 +128,6 @@ def test_the_wrong_join_is_one_that_a_round_trip_cannot_see() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_ranks")
 def test_wrong_models_fail_and_the_reason_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +233,6 @@ def test_the_program_compares_text_in_every_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_ranks")
 def test_experts_and_latent_attention_are_cut_over_processes(tmp_path: Path) -> None:
     """TP with sequence parallelism, PP and EP at once; latent attention without TP.
 
@@ -251,7 +249,6 @@ def test_experts_and_latent_attention_are_cut_over_processes(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_ranks")
 def test_a_run_that_trained_another_model_than_its_folder_describes_fails(tmp_path: Path) -> None:
     """Exported with the wrong configuration: the tensors fit, the rope base does not.
 

@@ -35,7 +35,6 @@ def test_it_holds_and_leaves_a_report(tmp_path: Path) -> None:
     assert "turn, DFT 0.8" in report and "most threads of a rank's process" in report
 
 
-@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("defect", ["cp-seam", "double-count", "per-row-mean", "token-divisor"])
 def test_a_known_defect_makes_it_exit_1(tmp_path: Path, defect: str) -> None:
     code, output = run(tmp_path, "--break", defect)

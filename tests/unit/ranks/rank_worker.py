@@ -1,6 +1,6 @@
-"""What a rank may do to the group it is in; started by tests of ``tests.rank_server``.
+"""What a rank may do to the group it is in; started by tests of ``megasft.ranks``.
 
-Usage: -m tests.megatron.rank_worker ACT [FOLDER]
+Usage: -m tests.unit.ranks.rank_worker ACT [FOLDER]
 """
 
 import json

@@ -1,16 +1,16 @@
 """A process that has imported what training ranks import, and forks them on request.
 
-Importing torch, Megatron and transformers costs a rank 5 s of CPU, and the tests start hundreds.
-Chosen: one warm process per test session (started by ``tests.ranks``), and a fork per rank, which
-costs 30 ms. Rejected: long-lived ranks that take one run after another, because a rank must start
-with nothing left of the last one. The price: ranks of one session share a seed of string hashes,
-and see torch as ``megasft.cpu`` prepares it; tests that must not are started by torchrun itself.
+Importing torch, Megatron and transformers costs a rank 10 s of CPU, and a proof starts 15 ranks,
+the tests hundreds. Chosen: one warm process (started by ``megasft.ranks.group``), and a fork per
+rank, which costs 30 ms. Rejected: long-lived ranks that take one run after another, because a rank
+must start with nothing left of the last one. The price: ranks share a seed of string hashes, and
+see torch as ``megasft.cpu`` prepares it. CUDA does not survive a fork, so this is for CPU ranks.
 
 Forking is safe before there are threads only, so this process starts none and checks that. A group
 is a supervisor and its ranks, in a session of their own. It ends when its ranks do, when one of
-them fails, or when its connection closes, as it does however the test session ends.
+them fails, or when its connection closes, as it does however the process that asked for it ends.
 
-Usage: python -m tests.rank_server DESCRIPTOR, a socket on which requests come; see ``Request``.
+Usage: python -m megasft.ranks.server DESCRIPTOR, a socket on which requests come; see ``Request``.
 """
 
 import argparse
@@ -25,23 +25,13 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Final, NoReturn
 
-IMPORTED = (
-    "megasft.pretrain_sft",
-    "megasft.proof.defects",
-    "megasft.training.arguments",
-    "megasft.training.datasets",
-    "megasft.training.forward_step",
-    "megasft.training.global_batch",
-    "megasft.training.hooks",
-    "megasft.training.model",
-    "megasft.training.model_builder",
-    "megasft.training.resume",
+IMPORTED: Final = (
     "megatron.core.models.mimo",
     "megatron.core.tokenizers.text.text_tokenizer",
     "megatron.training.argument_utils",
@@ -51,15 +41,17 @@ IMPORTED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
 )
-"""What ranks import, but for the modules they run."""
+"""What any rank of Megatron imports, late. A request adds what its own module needs."""
 
-GRACE_SECONDS = 2.0
+GRACE_SECONDS: Final = 2.0
 """How long the others may take to end by themselves, and say why, once one rank has failed."""
 
-KILL_WITH_PARENT = 1
+KILL_WITH_PARENT: Final = 1
 """PR_SET_PDEATHSIG of Linux."""
 
-READY = b"ready"
+READY: Final = b"ready"
+THREADS: Final = b"threads"
+"""What is sent once: that requests may come, or that a package's threads forbid to fork."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +62,7 @@ class Request:
         world_size: Ranks.
         module: What ``python -m`` would run.
         argv: The module's arguments.
+        imports: What it will import; done once, before ranks are forked.
         environment: All of it, but for what tells ranks apart.
         port: A free one, for the ranks to meet.
     """
@@ -77,6 +70,7 @@ class Request:
     world_size: int
     module: str
     argv: list[str]
+    imports: list[str]
     environment: dict[str, str]
     folder: str
     port: int
@@ -91,62 +85,78 @@ class Rank:
 
 
 def main() -> None:
+    """Import, say so, and serve; see the module's docstring."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    of_imports = import_everything()
-    control.send(READY)
-    rank = serve(control)
+    before = dict(os.environ)
+    prepare()
+    control.send(READY if num_threads() == 1 else THREADS)
+    rank = serve(control, before)
     # Here there is a rank in each fork, with next to nothing of this program on its stack: what it
     # runs ends, and is cleared up after, as the main program of a process.
     if rank is not None:
-        become(rank, of_imports)
+        become(rank)
 
 
-def import_everything() -> dict[str, str]:
-    """Import it, and return the environment variables that this has set."""
+def prepare() -> None:
+    """Import what any rank imports."""
     from megasft import cpu
 
-    before = dict(os.environ)
     cpu.prepare()
     cpu.skip_missing_makefile()
-    cpu.remember_sources()
-    for name in IMPORTED:
-        importlib.import_module(name)
-    # Ranks inherit the sources that Megatron's parser takes the help of its flags from.
+    cpu.remember_docstrings()
+    import_all(IMPORTED)
+    # Ranks inherit the docstrings that Megatron's parser takes the help of its flags from.
     arguments = importlib.import_module("megatron.training.arguments")
     arguments.add_megatron_arguments(argparse.ArgumentParser())
-    # What no rank will free need not be copied when a rank's collector looks at it.
-    gc.collect()
-    gc.freeze()
-    return {name: value for name, value in os.environ.items() if name not in before}
 
 
-def serve(control: socket.socket) -> Rank | None:
-    """Fork groups until the test session ends; return in each rank, and at the end with nothing."""
+def import_all(names: Iterable[str]) -> None:
+    """Import modules, and keep them from being copied in the ranks."""
+    new = [name for name in names if name not in sys.modules]
+    for name in new:
+        importlib.import_module(name)
+    if new:
+        # Ranks share pages until they write to them, as a collector does on all it looks at.
+        gc.collect()
+        gc.freeze()
+
+
+def serve(control: socket.socket, before: dict[str, str]) -> Rank | None:
+    """Fork groups until requests end; return in each rank, and at the end with nothing.
+
+    Args:
+        control: Where requests come.
+        before: Environment without what imports have set.
+    """
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
         reap(os.WNOHANG if message else 0)
         if not message:
             return None
-        assert_no_threads()
+        request = Request(**json.loads(message))
+        import_all(request.imports)
+        assert num_threads() == 1, f"forking with {num_threads()} threads is not safe"
         server = os.getpid()
         if os.fork() == 0:
             die_with(server)
             control.close()
-            return start_group(Request(**json.loads(message)), *descriptors)
+            of_imports = {k: v for k, v in os.environ.items() if k not in before}
+            request.environment.update(of_imports | request.environment)
+            return start_group(request, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
 def reap(options: int) -> None:
-    """Wait for supervisors that have ended, so that their time is counted as the session's."""
+    """Wait for supervisors that have ended, so that their time is counted as this process's."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, options)[0]:
             pass
 
 
-def assert_no_threads() -> None:
-    native = len(os.listdir("/proc/self/task"))
-    assert threading.active_count() == native == 1, f"forking with {native} threads is not safe"
+def num_threads() -> int:
+    """Return the threads of this process, those that Python did not start included."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def start_group(request: Request, connection: int, stdout: int, stderr: int) -> Rank:
@@ -167,6 +177,7 @@ def start_group(request: Request, connection: int, stdout: int, stderr: int) -> 
 
 
 def die_with(parent: int) -> None:
+    """Let Linux kill this process when the one that forked it ends."""
     ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before the call
         os._exit(1)
@@ -194,21 +205,30 @@ def supervise(left: dict[int, int], connection: socket.socket, stderr: int) -> N
 
 
 def in_words(code: int) -> str:
+    """Return how a process ended, as torchrun words it.
+
+    Example:
+        >>> in_words(-9)
+        'Signal 9 (SIGKILL)'
+    """
     name = signal.Signals(-code).name if code < 0 else ""
     return f"Signal {-code} ({name})" if name else f"with exit code {code}"
 
 
-def become(rank: Rank, of_imports: dict[str, str]) -> None:
+def become(rank: Rank) -> None:
     """Run the module as ``python -m`` under torchrun would."""
+    import torch
+
     request = rank.request
     os.environ.clear()
-    os.environ |= of_imports | request.environment
+    os.environ |= request.environment
     number, size = str(rank.number), str(request.world_size)
     os.environ |= {"RANK": number, "LOCAL_RANK": number, "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request.port)}
     os.chdir(request.folder)
     draw_anew()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # read when torch was imported
     sys.argv = [request.module, *request.argv]
     # Puts the module under its own __spec__ in sys.modules["__main__"], which is what spawned
     # checkpoint writers import again.

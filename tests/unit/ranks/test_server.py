@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.runs import ROOT, torchrun
-from tests.ranks import Group
+from tests.megatron.runs import ROOT, group, torchrun
 
 pytestmark = pytest.mark.slow
 
-WORKER = ("-m", "tests.megatron.rank_worker")
+WORKER = ("-m", "tests.unit.ranks.rank_worker")
 
 
 @pytest.fixture(params=[True, False], ids=["forked", "torchrun"])
@@ -52,7 +51,7 @@ def test_a_rank_finds_what_a_new_process_finds(
             "writer": 0,
         }
         spawned = read(tmp_path / f"spawned{number}.json")
-        assert spawned == {"name": "__mp_main__", "spec": "tests.megatron.rank_worker"}
+        assert spawned == {"name": "__mp_main__", "spec": "tests.unit.ranks.rank_worker"}
 
 
 def pids(folder: Path, *, ranks: int) -> list[int]:
@@ -94,11 +93,11 @@ def test_a_group_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 def test_a_group_may_be_polled_and_terminated(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
-        group = Group(2, (*WORKER, "hang", str(tmp_path)), stdout=log, stderr=log)
+        ranks = group(2, (*WORKER, "hang", str(tmp_path)), stdout=log, stderr=log)
         processes = pids(tmp_path, ranks=2)
-        assert group.poll() is None
-        group.terminate()
-        assert group.wait(60) == group.poll() == -signal.SIGTERM
+        assert ranks.poll() is None
+        ranks.terminate()
+        assert ranks.wait(60) == ranks.poll() == -signal.SIGTERM
     assert_ended(processes)
 
 

@@ -1,0 +1,1 @@
+"""Starts groups of rank processes on this machine, for the proof, verification and tests."""
