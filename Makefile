@@ -12,7 +12,7 @@ check: venv ## format, lint, types, layers, file sizes and the fast tests (under
 	@tools/check
 
 test: venv ## all tests, the real Megatron on CPUs included (under 20 minutes)
-	@.venv/bin/python -m pytest
+	@tools/test
 
 test-all: test ## all tests, then the whole proof into build/proof.md (some 20 minutes more)
 	@mkdir -p build

@@ -24,3 +24,9 @@ def own_logging() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = before[0], before[1]
     logger.setLevel(before[2])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first: workers that share out files should end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
