@@ -118,6 +118,7 @@ def forget() -> None:
     and a run of one rank makes twenty, so the groups of a run are closed here. Gloo joins a group's
     threads when the last reference to it goes, which ``_release_groups`` sees to.
     """
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
     from torch.distributed.distributed_c10d import _world
 
@@ -125,6 +126,7 @@ def forget() -> None:
         return  # a finished run, which starts nothing
     torch.distributed.barrier()
     destroy_global_state()
+    destroy_moe_metrics_tracker()  # left by the former, and used by the next run
     _release_groups()
     for group in list(_world.pg_map):
         if group is not torch.distributed.group.WORLD:

@@ -55,6 +55,8 @@ def apply(args: Any) -> None:
     args.exit_signal_handler = True
     if not args.async_save:
         return
+    # Megatron 0.19 saves synchronously without it, and warns.
+    args.use_persistent_ckpt_worker = True
     if args.async_strategy == "nvrx" and not has("nvidia_resiliency_ext"):
         args.async_strategy = "mcore"
         logger.info("--async-save uses --async-strategy mcore: nvidia-resiliency-ext is missing")

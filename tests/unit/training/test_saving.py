@@ -216,6 +216,16 @@ def test_the_last_checkpoint_is_not_written_a_second_time_at_the_end(finished: P
     assert args.save_interval == settings.save_interval == 100
 
 
+@pytest.mark.parametrize("is_asked_for", [True, False])
+def test_a_run_that_is_to_save_beside_training_does(tmp_path: Path, is_asked_for: bool) -> None:
+    """Megatron's validation drops the flag, with a warning, unless its worker is persistent."""
+    more = {"async_save": is_asked_for, "async_strategy": "nvrx"}
+    args = flags(tmp_path, **more, use_persistent_ckpt_worker=False)
+    saving.apply(args)
+    assert args.exit_signal_handler and args.use_persistent_ckpt_worker is is_asked_for
+    assert args.async_strategy == ("mcore" if is_asked_for else "nvrx")
+
+
 @pytest.mark.parametrize(("changes", "held"), [({}, [".", "log"]), ({"skip_train": True}, ["log"])])
 def test_rank_0_holds_the_folders_that_its_run_writes_to(
     tmp_path: Path, changes: dict[str, Any], held: list[str]
