@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import orjson
 import typer
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
     from megasft.proof.prove import Settings
     from megasft.proof.verdict import Verdict
+
+
+EACH: Final = 20
+"""Runs after which a line is printed where a bar cannot be drawn, as in a log."""
 
 
 class Model(StrEnum):
@@ -149,7 +153,7 @@ def _run(console: Console, settings: Settings) -> list[Verdict]:
     from megasft.proof.pace import announcement, expected_seconds
     from megasft.proof.prove import prove
 
-    cores, expected = os.cpu_count() or 1, list[float]()
+    cores, order, expected = os.cpu_count() or 1, list[int](), list[float]()
     clocks = (TimeElapsedColumn(), TimeRemainingColumn())
     columns = (BarColumn(), *clocks, TextColumn("left  {task.description}"))
     # The time left is what is expected of the runs to come, at the pace of those that have ended.
@@ -157,6 +161,7 @@ def _run(console: Console, settings: Settings) -> list[Verdict]:
         task = progress.add_task("making models")
 
         def announce(ranks: Sequence[int]) -> None:
+            order.extend(ranks)
             expected.extend(expected_seconds(ranks, cores=cores))
             progress.console.print(announcement(ranks, cores=cores), highlight=False)
             progress.update(task, total=sum(expected))
@@ -164,6 +169,9 @@ def _run(console: Console, settings: Settings) -> list[Verdict]:
         def done(verdict: Verdict) -> None:
             name = f"{verdict.family}, {verdict.layout}, {verdict.objective}"
             progress.update(task, advance=expected.pop(0), description=name)
+            num_done = len(order) - len(expected)
+            if not console.is_terminal and num_done % EACH == 0:
+                progress.console.print(f"{num_done} of {len(order)} runs", highlight=False)
             if not verdict.is_exact:
                 why = verdict.failure or f"gradient off by {verdict.gradient_error:.1e}"
                 progress.console.print(f"not exact: {name}: {why}", style="red", highlight=False)
