@@ -8,7 +8,6 @@ is mended on the way: an unknown role or a label list of the wrong length is the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -77,8 +76,7 @@ class UnfaithfulError(DataError):
         return self.detail
 
 
-@dataclass(frozen=True, slots=True)
-class Category:
+class Category(NamedTuple):
     """What a record says about its category; both None when it says nothing."""
 
     id: int | None = None
@@ -109,8 +107,7 @@ class Message(NamedTuple):
         return {"role": self.role, "content": content, **self.extra}
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A valid record: at least one message is trained.
 
     Attributes:
@@ -120,7 +117,7 @@ class Conversation:
         template_kwargs: What the chat template is given beside messages and tools.
         is_text: Pretraining text, which no chat template sees.
         unread: Keys of the record that nobody reads.
-        has_fields: It may hold something else than texts.
+        has_fields: It may hold something else than contents and thinking.
     """
 
     messages: tuple[Message, ...]

@@ -21,7 +21,6 @@ other. Messages are alike in all formats (``message_forms.py``), and so is what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, Final
 
 from megasft.data import exact_json
@@ -178,7 +177,7 @@ def _from_moss(record: dict[str, Any], mapping: FieldMap) -> Conversation:
 def _from_text(record: dict[str, Any], mapping: FieldMap) -> Conversation:
     raw = [{"role": "assistant", "content": _text(record, "text")}]
     made = conversation_of(record, raw, mapping, read=("text",))
-    return replace(made, is_text=True)
+    return made._replace(is_text=True)
 
 
 Adapter = Callable[[dict[str, Any], FieldMap], Conversation]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from megasft.data.conversation import (
+    REASONING_KEYS,
     BadRecordError,
     Category,
     Conversation,
@@ -50,6 +51,11 @@ class FieldMap:
     template_kwargs: str = ""
     train_on: str = "all-turns"
 
+    @property
+    def adds_fields(self) -> bool:
+        """Whether it gives a conversation more than its record's own keys do."""
+        return bool(self.system_key or self.category_key or self.template_kwargs)
+
 
 def conversation_of(
     record: dict[str, Any],
@@ -76,22 +82,21 @@ def conversation_of(
     messages = make_messages(messages_of(raw), labels, train_on=mapping.train_on)
     if categories is not None:
         messages = _categorized(messages, categories)
-    messages = _with_system(record, messages, mapping)
-    if mapping.category_key:
-        category = category_from_field(record, mapping.category_key)
-    else:
-        category = make_category(decoded(record.get("meta"), "`meta`"))
+    category, tools, kwargs = Category(), None, {}
+    if mapping.adds_fields or not _READ.isdisjoint(record):  # of few records
+        messages = _with_system(record, messages, mapping)
+        category = _category_of(record, mapping)
+        tools = _tools(record)
+        kwargs = template_kwargs(record.get("chat_template_kwargs"), mapping.template_kwargs)
     named = (*read, mapping.system_key, mapping.category_key)
     unread = [key for key in record if key not in _READ and key not in named]
-    tools = _tools(record)
-    kwargs = template_kwargs(record.get("chat_template_kwargs"), mapping.template_kwargs)
     return Conversation(
         messages,
         category,
         tools,
         kwargs,
         unread=_but_copies(record, messages, unread) if unread else (),
-        has_fields=bool(tools or kwargs or [1 for message in messages if message.extra]),
+        has_fields=bool(tools or kwargs or [1 for m in messages if m.extra and not _is_text(m)]),
     )
 
 
@@ -115,6 +120,17 @@ def template_kwargs(own: Any, given: str) -> dict[str, Any]:
             "wrong type", f"`chat_template_kwargs` cannot hold {', '.join(reserved)}"
         )
     return {**(json.loads(given) if given else {}), **(own or {})}
+
+
+def _is_text(message: Message) -> bool:
+    """Say whether thinking is all that a message holds beside its content."""
+    return all(key in REASONING_KEYS and type(v) is str for key, v in message.extra.items())
+
+
+def _category_of(record: dict[str, Any], mapping: FieldMap) -> Category:
+    if mapping.category_key:
+        return category_from_field(record, mapping.category_key)
+    return make_category(decoded(record.get("meta"), "`meta`"))
 
 
 def _with_system(

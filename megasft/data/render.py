@@ -19,7 +19,7 @@ again with ``check_all`` and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -137,12 +137,14 @@ class Renderer:
             BadRecordError: The template refuses the conversation or changes a trained message.
             UnfaithfulError: The render is not Jinja's, and nothing in the texts explains it.
         """
+        in_fields = None
         if conversation.has_fields:
             conversation = self._arguments.fit(conversation)
+            in_fields = self._in_fields(conversation)
         shape, leaves = shape_of(conversation)
         words = "\0".join(leaves)
-        must_hide = self._must_hide(conversation, words)
-        is_shielded = self._in_fields(conversation) is not None
+        must_hide = self._must_hide(words, in_fields)
+        is_shielded = in_fields is not None
         if is_shielded:  # a stop token in an argument must not end the turn
             conversation = self._shielded(conversation)
             shape, leaves = shape_of(conversation)
@@ -207,10 +209,10 @@ class Renderer:
                 raise error from None
             raise
 
-    def _must_hide(self, conversation: Conversation, words: str) -> bool:
+    def _must_hide(self, words: str, in_fields: str | None) -> bool:
         if self._specials is None or self._specials.policy == "keep":
             return False
-        found = self._specials.find(words) or self._in_fields(conversation)
+        found = self._specials.find(words) or in_fields
         if found is not None and self._specials.policy == "reject":
             raise self._specials.refuse(
                 found, "(--special-tokens-in-text escape makes plain text of it, keep allows it)"
@@ -218,15 +220,15 @@ class Renderer:
         return found is not None
 
     def _in_fields(self, conversation: Conversation) -> str | None:
-        if conversation.has_fields and self._specials is not None:
-            return self._specials.find("\0".join(extra_texts(conversation)))
-        return None
+        if self._specials is None:
+            return None
+        return self._specials.find("\0".join(extra_texts(conversation)))
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         assert self._specials is not None
         shield = self._specials.shield
         messages = tuple(m._replace(extra=_but_leaves(m, shield)) for m in conversation.messages)
-        return replace(conversation, messages=messages, tools=shield(conversation.tools))
+        return conversation._replace(messages=messages, tools=shield(conversation.tools))
 
     def _hide(self, shape: Shape, skeleton: Skeleton, must_hide: bool) -> Skeleton:
         if shape not in self._hidden:

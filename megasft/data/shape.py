@@ -16,7 +16,7 @@ and schemas of tools belong to the shape, so conversations that call tools have 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
@@ -165,22 +165,22 @@ def split_blanks(text: str) -> tuple[str, str, str]:
     return text[:start], body, text[start + len(body) :]
 
 
-def extra_texts(conversation: Conversation) -> Iterator[str]:
-    """Yield the strings that are no leaves: schemas, arguments, names and other fields."""
-    yield from _strings(conversation.tools)
+def extra_texts(conversation: Conversation) -> list[str]:
+    """Return the strings that are no leaves: schemas, arguments, names and other fields."""
+    texts: list[str] = []
+    waiting: list[Any] = [conversation.tools]
     for message in conversation.messages:
         for key, value in message.extra.items():
             if not (key in REASONING_KEYS and isinstance(value, str)):
-                yield from _strings(value)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+                waiting.append(value)
+    while waiting:  # of parsed JSON, so these types and no others
+        value = waiting.pop()
+        kind = type(value)
+        if kind is str:
+            texts.append(value)
+        elif kind is dict:
+            texts += value
+            waiting += value.values()
+        elif kind is list or kind is tuple:
+            waiting += value
+    return texts

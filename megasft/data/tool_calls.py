@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from megasft.data import exact_json
@@ -138,7 +137,7 @@ class ArgumentForm:
 
 def _converted(conversation: Conversation, convert: Callable[[Any, str], Any]) -> Conversation:
     messages = (_message(m, i, convert) for i, m in enumerate(conversation.messages))
-    return replace(conversation, messages=tuple(messages))
+    return conversation._replace(messages=tuple(messages))
 
 
 def _message(message: Message, index: int, convert: Callable[[Any, str], Any]) -> Message:
