@@ -14,44 +14,21 @@ from megasft.data.formats import FieldMap, parse
 from megasft.data.tokenize import Made, Recipe, Tokenizer
 from megasft.store import open_store
 from tests.tiny_tokenizer import make_tokenizer
+from tests.unit.data.conftest import QWEN_LIKE
 
 Record = dict[str, Any]
 Turn = tuple[str, str, dict[str, Any]]  # question, answer, other keys of the answer
 
-QWEN_LIKE: Final = (
-    "{%- if tools %}{{ '<|im_start|>system\\n' ~ tools | tojson ~ '<|im_end|>\\n' }}{% endif -%}"
-    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
-    "{%- if m.reasoning_content %}{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}"
-    "{%- endif %}{{ m.content or '' }}"
-    "{%- for c in m.tool_calls or [] %}"
-    '{{ \'<call>{"name": "\' + c.function.name + \'", "arguments": \' }}'
-    "{{ c.function.arguments | tojson + '}</call>' }}{% endfor %}"
-    "{{- '<|im_end|>\\n' }}{% endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}"
-    "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("records"), chat_template=QWEN_LIKE)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer(Recipe(folder))
-
-
-@pytest.fixture(scope="module")
-def trained(folder: Path, tokenizer: Tokenizer) -> Callable[[Record], list[str]]:
+def trained(calls_dir: Path, calls_tokenizer: Tokenizer) -> Callable[[Record], list[str]]:
     """Returns the text of each trained turn."""
     from transformers import AutoTokenizer
 
-    hf = AutoTokenizer.from_pretrained(folder)
+    hf = AutoTokenizer.from_pretrained(calls_dir)
 
     def texts(record: Record) -> list[str]:
-        (made,) = tokenizer.make([(1, orjson.dumps(record))])
+        (made,) = calls_tokenizer.make([(1, orjson.dumps(record))])
         assert isinstance(made, Made), made
         tokens, turns = made.sample
         return [hf.decode(tokens[a : a + n]) for a, n, *_ in turns.tolist()]
@@ -177,8 +154,8 @@ def test_another_weight_is_refused_with_a_remedy(weight: Any) -> None:
     assert error.detail.endswith("write 0 or 1")
 
 
-def test_an_ambiguous_mask_is_reported_as_unread(folder: Path, tmp_path: Path) -> None:
-    tally = _build(tmp_path, folder, as_messages([("Hi", "Yo", {"mask": 0})]))
+def test_an_ambiguous_mask_is_reported_as_unread(calls_dir: Path, tmp_path: Path) -> None:
+    tally = _build(tmp_path, calls_dir, as_messages([("Hi", "Yo", {"mask": 0})]))
     assert [(k.place, k.key) for k in tally.unread] == [("message", "mask")]
 
 
@@ -284,7 +261,7 @@ def test_images_audio_and_video_are_refused_wherever_they_stand(key: str) -> Non
 
 
 def test_arguments_of_the_template_come_from_the_record_and_from_the_build(
-    folder: Path, trained: Callable[[Record], list[str]]
+    calls_dir: Path, trained: Callable[[Record], list[str]]
 ) -> None:
     record = as_messages([("2+2", "4", {})])
     as_text = {**record, "chat_template_kwargs": '{"level": 12345678901234567890123}'}
@@ -299,7 +276,7 @@ def test_arguments_of_the_template_come_from_the_record_and_from_the_build(
 
 
 def test_keys_that_nobody_reads_are_counted_once_with_their_first_line(
-    folder: Path, tmp_path: Path
+    calls_dir: Path, tmp_path: Path
 ) -> None:
     turn: Turn = ("Hi", "Yo", {"importance": 3, "name": "me", "reasoning_content": "Hm"})
     records = [
@@ -307,7 +284,7 @@ def test_keys_that_nobody_reads_are_counted_once_with_their_first_line(
         {**as_messages([turn]), "score": 1, "source": None, "first_prompt": "Hi"},
         {**as_messages([turn]), "score": 2},
     ]
-    tally = _build(tmp_path, folder, *records)
+    tally = _build(tmp_path, calls_dir, *records)
     place = f"{tmp_path / 'chats.jsonl'}:2"
     assert {(k.place, k.key): tuple(seen) for k, seen in tally.unread.items()} == {
         ("record", "score"): (2, place),
@@ -317,11 +294,28 @@ def test_keys_that_nobody_reads_are_counted_once_with_their_first_line(
     assert [item["key"] for item in listed] == ["importance", "score"]
 
 
-def test_a_key_is_read_if_a_template_reads_it(folder: Path, tmp_path: Path) -> None:
+def test_a_key_is_read_if_a_template_reads_it(calls_dir: Path, tmp_path: Path) -> None:
     record = as_messages([("Hi", "Yo", {"importance": 3})])
     reading = "{% for m in messages %}{{ m['importance'] }}{% endfor %}" + QWEN_LIKE
     other = make_tokenizer(tmp_path / "other", chat_template=reading)
     assert not _build(tmp_path, other, record).unread
+
+
+@pytest.mark.parametrize(
+    ("more", "has_fields"),
+    [
+        ({}, False),
+        ({"reasoning_content": "Hm"}, False),
+        ({"reasoning_content": "Hm", "name": "<|im_end|>"}, True),
+        ({"thinking": ["Hm"]}, True),
+        ({"tool_calls": []}, True),
+    ],
+)
+def test_a_record_is_known_to_hold_nothing_but_contents_and_thinking(
+    more: dict[str, Any], has_fields: bool
+) -> None:
+    assert read(as_messages([("Hi", "Yo", more)])).has_fields == has_fields
+    assert read({**as_messages([("Hi", "Yo", more)]), "tools": [{"name": "f"}]}).has_fields
 
 
 def _build(tmp_path: Path, folder: Path, *records: Record) -> Tally:

@@ -15,26 +15,8 @@ from megasft.data.tokenize import Made, Outcome, Recipe, Rejected, Tokenizer
 from megasft.errors import DataError
 from tests.tiny_tokenizer import make_tokenizer
 
-TOOLS_TEMPLATE: Final = (
-    "{% if tools %}{{ '<|im_start|>system\\n' ~ tools | tojson ~ '<|im_end|>\\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') }}"
-    "{% for c in m.tool_calls or [] %}"
-    "{{ '<call>' ~ c.function.name ~ ' ' ~ c.function.arguments | tojson }}{% endfor %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 HI: Final = {"role": "user", "content": "Hi"}
 YO: Final = {"role": "assistant", "content": "Yo"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("values"), chat_template=TOOLS_TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer(Recipe(folder))
 
 
 def calls(arguments: str, name: str = "f") -> str:
@@ -66,7 +48,9 @@ def trained(tokenizer: Tokenizer, data: bytes) -> str:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["arguments", "text", "tools", "kwargs"])
-def test_a_number_of_any_size_stays_exact(tokenizer: Tokenizer, number: str, place: str) -> None:
+def test_a_number_of_any_size_stays_exact(
+    calls_tokenizer: Tokenizer, number: str, place: str
+) -> None:
     arguments = f'{{"id": {number}, "x": [1, {{"y": {number}}}]}}'
     if place == "tools":
         tools = f'[{{"type": "function", "function": {{"name": "f", "maximum": {number}}}}}]'
@@ -77,8 +61,8 @@ def test_a_number_of_any_size_stays_exact(tokenizer: Tokenizer, number: str, pla
         assert json.dumps(dict(parse(data, AUTO).template_kwargs)) == arguments
     else:
         written = arguments if place == "arguments" else json.dumps(arguments)
-        answer = trained(tokenizer, record(calls(written)))
-        assert answer == f"<call>f {arguments}<|im_end|>"
+        answer = trained(calls_tokenizer, record(calls(written)))
+        assert answer == f'<call>{{"name": "f", "arguments": {arguments}}}</call><|im_end|>'
 
 
 AUTO: Final = FieldMap()
@@ -87,7 +71,7 @@ AUTO: Final = FieldMap()
 @pytest.mark.parametrize("depth", [100, 300, 600, 2_000, 100_000])
 @pytest.mark.parametrize("place", ["arguments", "tools", "meta", "unread"])
 def test_nesting_of_any_depth_is_built_or_a_bad_record(
-    tokenizer: Tokenizer, depth: int, place: str
+    calls_tokenizer: Tokenizer, depth: int, place: str
 ) -> None:
     deep = '{"k": ' * depth + "1" + "}" * depth
     good = record('{"role": "assistant", "content": "Yo"}')
@@ -97,7 +81,7 @@ def test_nesting_of_any_depth_is_built_or_a_bad_record(
         "meta": record('{"role": "assistant", "content": "Yo"}', meta=deep),
         "unread": record('{"role": "assistant", "content": "Yo"}', score=deep),
     }[place]
-    first, made, last = tokenizer.make([(1, good), (2, data), (3, good)])
+    first, made, last = calls_tokenizer.make([(1, good), (2, data), (3, good)])
     assert isinstance(first, Made)
     assert isinstance(last, Made)
     if depth == 100:
@@ -110,7 +94,7 @@ def test_nesting_of_any_depth_is_built_or_a_bad_record(
 
 
 def test_an_exception_that_nobody_foresaw_costs_the_record_alone(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    calls_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Tokenizer._finish
 
@@ -121,7 +105,7 @@ def test_an_exception_that_nobody_foresaw_costs_the_record_alone(
 
     monkeypatch.setattr(Tokenizer, "_finish", fails)
     lines = [(line, orjson.dumps({"messages": [HI, YO]})) for line in (1, 2, 3)]
-    first, bad, last = tokenizer.make(lines)
+    first, bad, last = calls_tokenizer.make(lines)
     assert bad == Rejected(
         2, "failed", "no sample could be made: ZeroDivisionError: who would have thought"
     )
@@ -131,10 +115,10 @@ def test_an_exception_that_nobody_foresaw_costs_the_record_alone(
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_nan_is_read_where_nobody_needs_it_and_refused_where_it_matters(
-    tokenizer: Tokenizer, constant: str
+    calls_tokenizer: Tokenizer, constant: str
 ) -> None:
     yo = '{"role": "assistant", "content": "Yo"}'
-    assert trained(tokenizer, record(yo, score=constant)) == "Yo<|im_end|>"
+    assert trained(calls_tokenizer, record(yo, score=constant)) == "Yo<|im_end|>"
     for data in (
         record(calls(f'{{"x": {constant}}}')),
         record(calls(json.dumps(f'{{"x": {constant}}}'))),
@@ -142,7 +126,7 @@ def test_nan_is_read_where_nobody_needs_it_and_refused_where_it_matters(
         record(f'{{"role": "assistant", "content": "Yo", "weight": {constant}}}'),
         record(f'{{"role": "assistant", "content": {constant}}}'),
     ):
-        (bad,) = tokenizer.make([(7, data)])
+        (bad,) = calls_tokenizer.make([(7, data)])
         assert isinstance(bad, Rejected), data
         assert bad.line == 7
 
@@ -171,23 +155,23 @@ TOOL: Final = '[{"type": "function", "function": {"name": "f", "parameters": %s}
     ],
 )
 def test_nulls_that_a_table_put_into_json_are_found_by_lint(
-    tmp_path: Path, folder: Path, hits: int, arguments: str, parameters: str
+    tmp_path: Path, calls_dir: Path, hits: int, arguments: str, parameters: str
 ) -> None:
     file = tmp_path / "chats.jsonl"
     tools = {"tools": TOOL % parameters} if parameters else {}
     file.write_bytes(record(calls(arguments), **tools) + b"\n")
-    report = lint_files((file,), LintOptions(folder))
+    report = lint_files((file,), LintOptions(calls_dir))
     found = {finding.rule: finding.count for finding in report.findings}
     assert found.get("nulls-padded", 0) == hits
     if not hits:
         assert not found
 
 
-def test_pretraining_text_is_clean_for_lint(tmp_path: Path, folder: Path) -> None:
+def test_pretraining_text_is_clean_for_lint(tmp_path: Path, calls_dir: Path) -> None:
     file = tmp_path / "texts.jsonl"
     text, chat = {"text": "Water boils."}, {"messages": [HI, YO]}
     file.write_bytes(orjson.dumps(text) + b"\n" + orjson.dumps(chat))
-    assert lint_files((file,), LintOptions(folder)).findings == ()
+    assert lint_files((file,), LintOptions(calls_dir)).findings == ()
 
 
 def _no_tokenizer(path: Path) -> None:
