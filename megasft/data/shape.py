@@ -68,12 +68,12 @@ def shape_of(conversation: Conversation) -> tuple[Shape, list[str]]:
     return tuple(shape), leaves
 
 
-def probe(conversation: Conversation, name: Callable[[int], str]) -> Probe:
+def probe(conversation: Conversation, name: Callable[[int, str], str]) -> Probe:
     """Return what a template is given to learn a shape: names in the place of the leaves.
 
     Args:
         conversation: Any of the shape.
-        name: The name of a leaf, by its number.
+        name: The name of a leaf, by its number and kind.
     """
     leaves: list[Leaf] = []
     messages: list[dict[str, Any]] = []
@@ -81,7 +81,7 @@ def probe(conversation: Conversation, name: Callable[[int], str]) -> Probe:
 
         def put(text: str, kind: str, index: int = index) -> str:
             leaves.append(Leaf(index, kind))
-            return name(len(leaves) - 1)
+            return name(len(leaves) - 1, kind)
 
         messages.append(_rewritten(message, put))
     return Probe(messages, leaves)

@@ -26,9 +26,9 @@ from megasft.data.conversation import BadRecordError, Conversation
 from megasft.data.marks import generation_blocks, not_whole
 from megasft.data.shape import REASONING, TOOL_NAME, Leaf, Probe, probe
 from megasft.data.tool_calls import calls_of, with_mark
-from megasft.data.turn_bounds import Place, Span, TurnBounds
+from megasft.data.turn_bounds import Place, Span, TurnBounds, num_shared
 
-_NAME: Final = re.compile(r'Qz7(\d{6})(\\*)"vK')
+_NAME: Final = re.compile(r'Qz7(\d{6})(?:(\\*)")?vK')
 
 
 class Edge(NamedTuple):
@@ -127,8 +127,9 @@ def learn(
     )
 
 
-def _name(number: int) -> str:
-    return f'Qz7{number:06d}"vK'  # the quote tells a text from one the template writes as JSON
+def _name(number: int, kind: str) -> str:
+    # The quote tells a text from one the template writes as JSON; names of tools need no escape.
+    return f"Qz7{number:06d}vK" if kind == TOOL_NAME else f'Qz7{number:06d}"vK'
 
 
 class _Found(NamedTuple):
@@ -142,7 +143,8 @@ class _Found(NamedTuple):
 
 def _find_names(text: str) -> list[_Found]:
     return [
-        _Found(int(m[1]), len(m[2]).bit_length(), m.start(), m.end()) for m in _NAME.finditer(text)
+        _Found(int(m[1]), len(m[2] or "").bit_length(), m.start(), m.end())
+        for m in _NAME.finditer(text)
     ]
 
 
@@ -215,7 +217,7 @@ def _plain_spans(
         if span is not None:
             cursor = max(cursor, span.end)
             if message.trained:
-                spans.append(span)
+                spans += bounds.apart(text, span)
     return spans
 
 
@@ -257,17 +259,11 @@ def _with_arguments(
         return place
     if other == text:
         return place
-    end = len(text) - _length_in_common(text[::-1], other[::-1])
+    end = len(text) - num_shared(text[::-1], other[::-1])
     start = end if place.is_empty else place.start
     return place._replace(
         start=start, end=start if place.is_empty else place.end, is_empty=False, calls_end=end
     )
-
-
-def _length_in_common(left: str, right: str) -> int:
-    """Return the length of the longest beginning of both."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _tagged_spans(

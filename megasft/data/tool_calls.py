@@ -3,8 +3,9 @@
 Some templates take arguments as an object (they go through its entries, or write it as JSON),
 others as JSON text (they write it as it is), many take both. What a template takes is asked of the
 template, once: it renders the first conversation that calls tools with either form in the place of
-the arguments. A form that is refused, printed as Python writes a dict, or made JSON in JSON is not
-taken. Arguments in the other form are converted; where both are taken, an author's stay as written.
+the arguments. A form that is refused, printed as Python writes a dict, made JSON in JSON or put in
+braces again is not taken. Arguments in the other form are converted; where both are taken, an
+author's stay as written.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class ArgumentForm:
         as_object = self._render(conversation, _PROBE)
         as_text = self._render(conversation, _PROBE_TEXT)
         takes_object = _KEY in as_object and _VALUE in as_object and f"'{_KEY}'" not in as_object
-        takes_text = _PROBE_TEXT in as_text
+        takes_text = _PROBE_TEXT in as_text and f"{{{_PROBE_TEXT}" not in as_text
         return (takes_object, takes_text) if takes_object or takes_text else None
 
     def _render(self, conversation: Conversation, arguments: Any) -> str:

@@ -8,36 +8,47 @@ begins where that prompt ends:
     before the answer                                                  [INST] Hi [/INST]
     neither: at the answer itself
 
-An empty ``<think>`` block behind it was put there by the template (or by the prompt of a model that
-is asked not to think), so the turn begins behind that, as it does behind the rest of such a block
-whose beginning is in the prompt. A block of ``{% generation %}`` begins no earlier, either.
+Where the prompt opens the thinking and an answer does not think, or calls a tool, the turn begins
+where the two part (Cohere's). An empty ``<think>`` block behind it was put there by the template
+(or by the prompt of a model that is asked not to think), so the turn begins behind that, as it does
+behind the rest of such a block. A block of ``{% generation %}`` begins no earlier, either.
 
 It ends with the stop token: the special token behind the answer, white space between them or not;
 for some templates that is the next role token. Where several follow each other, all up to the
-tokenizer's eos belong to the turn. Behind tool calls it is the token that ends a plain answer,
-because their markup may hold special tokens, too; where there is none, the first one behind the
-arguments of the last call; and where nothing follows at all, the end of the render.
+tokenizer's eos belong to the turn, the words of closing tags among them (Kimi K3's). Behind tool
+calls it is the token that ends a plain answer, because their markup may hold special tokens, too;
+where there is none, or another message begins before it, the first one behind the arguments of the
+last call; and where nothing follows at all, the end of the render.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-from megasft.data.chat_template import ChatTemplate
-from megasft.data.conversation import BadRecordError
+from megasft.data.chat_template import ChatTemplate, Tools
+from megasft.data.conversation import REASONING_KEYS, BadRecordError
 
-_EMPTY_THINKING: Final = re.compile(
-    r"\s*(?:<think>\s*</think>|<thinking>\s*</thinking>|\[THINK\]\s*\[/THINK\]"
-    r"|<seed:think>\s*</seed:think>|<\|START_THINKING\|>\s*<\|END_THINKING\|>)\n{0,2}"
+_OPENS: Final = (
+    r"<(?:\w+:)?think(?:ing)?(?::\w+)?>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought\n"
+    r"|<\|open\|>think<\|sep\|>"
 )
-_REST_OF_EMPTY_THINKING: Final = re.compile(r"\s*</think(?:ing)?>\n{0,2}")
-_OPENED_BEFORE: Final = re.compile(r"<think(?:ing)?>\s{0,4}\Z")
-_THINKING_TAIL: Final = re.compile(r"<think>\s*(</think>\s*)?\Z")
-_THINKING_OPENED: Final = re.compile(r"<think>\s*\Z")
-_GLUE: Final = re.compile(r"\s*(<think>\s*)?(</think>\s*)?")
+CLOSES_THINKING: Final = (
+    r"</(?:\w+:)?think(?:ing)?(?::\w+)?>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>"
+    r"|<\|close\|>think<\|sep\|>"
+)
+_EMPTY_THINKING: Final = re.compile(
+    rf"\s*(?:{_OPENS})\s*(?:{CLOSES_THINKING})\n{{0,2}}|\s*(?:{CLOSES_THINKING})"
+)
+"""A closing tag alone is an empty block, too, as GLM 4.7 writes it."""
+_REST_OF_EMPTY_THINKING: Final = re.compile(rf"\s*(?:{CLOSES_THINKING})\n{{0,2}}")
+_OPENED_BEFORE: Final = re.compile(rf"(?:{_OPENS})\s{{0,4}}\Z")
+_THINKING_TAIL: Final = re.compile(rf"(?:{_OPENS})\s*(?:(?:{CLOSES_THINKING})\s*)?\Z")
+_THINKING_OPENED: Final = re.compile(rf"(?:{_OPENS})\s*\Z")
+_GLUE: Final = re.compile(rf"\s*(?:(?:{_OPENS})\s*)?(?:(?:{CLOSES_THINKING})\s*)?")
+_PART_OF_TAG: Final = re.compile(r"<[^<>\s]*\Z")
 _PROBES: Final = ("Qz7user0vK", "Qz7answer0vK")
 _PROBE_TOOLS: Final = (
     {
@@ -49,6 +60,13 @@ _PROBE_TOOLS: Final = (
         },
     },
 )
+_PROBE_CALL: Final = {"type": "function", "function": {"name": "probe", "arguments": {"a": 1}}}
+_PROBE_ANSWERS: Final[tuple[dict[str, Any], ...]] = (
+    {"content": _PROBES[1]},
+    {"content": _PROBES[1], **dict.fromkeys(REASONING_KEYS, _PROBES[1])},
+    {"content": "", "tool_calls": [_PROBE_CALL]},
+)
+"""How an answer may begin: with its text, with thinking, with a call."""
 
 
 class Span(NamedTuple):
@@ -113,6 +131,12 @@ class TurnBounds:
         self._any_stop = re.compile(any_stop)
         self._headers = self._generation_prompts()
         self._usual_stop = self._stop_of_a_plain_answer()
+        begin = self._any_stop.findall(self._headers[0]) if self._headers else []
+        begin = [token for token in begin if token not in (eos, self._usual_stop)]
+        self._opener = begin[0] if begin else ""
+        headers = "|".join(map(re.escape, self._headers)) if self._usual_stop else ""
+        stop = re.escape(self._usual_stop)
+        self._next_header = re.compile(rf"({stop})\s*(?:{headers})" if headers else "(?!)")
 
     def span(self, text: str, place: Place, prompt: Callable[[int], str]) -> Span | None:
         """Return the span of the turn that holds a message, or None if it cannot be told.
@@ -200,6 +224,8 @@ class TurnBounds:
         end, before = place.end, place.before
         direct = self._stop.match(text, end)
         usual = text.find(self._usual_stop, end, before) if self._usual_stop else -1
+        if self._opener and self._opener in text[end : max(usual, end)]:
+            usual = -1  # it ends something that another message begins
         if usual >= 0 and (place.calls_tools or direct is None):
             return self._ended(text, start, usual, place)
         if not place.calls_tools:
@@ -219,8 +245,31 @@ class TurnBounds:
         assert first is not None
         while last is not None and last[0] != self._eos:
             last = self._any_stop.match(text, last.end())
-        end = last or first
+        end = last or self._behind_closing_tags(text, first, place.before) or first
         return Span(start, end.end(), end[0], place.message)
+
+    def _behind_closing_tags(
+        self, text: str, first: re.Match[str], before: int
+    ) -> re.Match[str] | None:
+        """Return the eos behind closing tags that are special tokens and words (Kimi K3's)."""
+        eos = text.find(self._eos, first.end(), before) if self._eos else -1
+        gap = text[first.end() : max(eos, first.end())]
+        is_tags = bool(gap) and not gap[0].isspace() and self._any_stop.search(gap) is not None
+        is_own = not self._opener or self._opener not in first[0] + gap
+        return self._any_stop.match(text, eos) if is_tags and is_own else None
+
+    def apart(self, text: str, span: Span) -> Iterator[Span]:
+        """Yield the turns of a message: several where a template begins another one for its call.
+
+        Args:
+            text: The whole render.
+            span: From the beginning of the first to the end of the last one.
+        """
+        start = span.start
+        for found in self._next_header.finditer(text, span.start, span.end):
+            yield Span(start, found.end(1), found[1], span.message)
+            start = found.end()
+        yield span._replace(start=start)
 
     def _start(self, text: str, place: Place, prompt: Callable[[int], str]) -> int | None:
         for header in self._headers:
@@ -237,17 +286,41 @@ class TurnBounds:
         return opened.start() if opened else place.start
 
     def _generation_prompts(self) -> tuple[str, ...]:
+        """Return the generation prompt, and what of it stands before answers that begin otherwise.
+
+        Such answers have no thinking, or call a tool. The longest comes first.
+        """
         user = [{"role": "user", "content": _PROBES[0]}]
-        try:
-            bare = self._template.run(user, None)
-            asked = self._template.run(user, None, add_generation_prompt=True)
-        except BadRecordError:
-            return ()
-        if not asked.startswith(bare) or asked == bare:
-            return ()
-        prompt = asked[len(bare) :]
-        without_thinking = _THINKING_TAIL.sub("", prompt)
-        return tuple(dict.fromkeys(p for p in (prompt, without_thinking) if p.strip()))
+        for tools in (None, _PROBE_TOOLS):  # a template for tools may insist on some
+            with suppress(BadRecordError):
+                bare = self._template.run(user, tools)
+                asked = self._template.run(user, tools, add_generation_prompt=True)
+                shared = [*self._shared(user, tools, asked)]
+                if asked == bare and min(shared, default=len(asked)) < len(asked):  # asks always
+                    bare = bare[: bare.rfind(_PROBES[0]) + len(_PROBES[0])]
+                if not asked.startswith(bare) or asked == bare:
+                    return ()
+                prompt = asked[len(bare) :]
+                before = _THINKING_TAIL.sub("", prompt)
+                others = {_PART_OF_TAG.sub("", asked[len(bare) : end]) for end in shared}
+                # Not half a think block, nor what begins a user's message, too.
+                others = {p for p in others if len(p) < len(before) and p not in bare}
+                headers = (p for p in {prompt, before, *others} if p.strip())
+                return tuple(sorted(headers, key=len, reverse=True))
+        return ()
+
+    def _shared(self, user: list[dict[str, Any]], tools: Tools, asked: str) -> Iterator[int]:
+        """Yield up to where answers of several kinds begin as the generation prompt does."""
+        for answer in _PROBE_ANSWERS:
+            try:
+                text = self._template.run([*user, {"role": "assistant", **answer}], tools)
+            except BadRecordError:
+                continue
+            end = num_shared(asked, text)
+            for special in self._any_stop.finditer(asked):
+                if special.start() < end < special.end():
+                    end = special.start()
+            yield end
 
     def _stop_of_a_plain_answer(self) -> str:
         messages: list[Mapping[str, Any]] = [
@@ -265,14 +338,19 @@ class TurnBounds:
         return ""
 
 
+def num_shared(left: str, right: str) -> int:
+    """Return the length of the longest beginning of both."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
 def _is_glue(text: str, start: int, place: Place) -> bool:
     glue = _GLUE.match(text, start, place.start)
     return glue is not None and glue.end() == place.start
 
 
 def _behind_empty_thinking(text: str, start: int, limit: int) -> int:
-    if _OPENED_BEFORE.search(text, max(start - 16, 0), start):
-        found = _REST_OF_EMPTY_THINKING.match(text, start, limit)
-    else:
-        found = _EMPTY_THINKING.match(text, start, limit)
+    is_opened = _OPENED_BEFORE.search(text, max(start - 32, 0), start) is not None
+    pattern = _REST_OF_EMPTY_THINKING if is_opened else _EMPTY_THINKING
+    found = pattern.match(text, start, limit)
     return found.end() if found else start

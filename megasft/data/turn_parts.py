@@ -11,11 +11,9 @@ import re
 from typing import Final
 
 from megasft.data.conversation import REASONING_KEYS, Message
-from megasft.data.turn_bounds import Span
+from megasft.data.turn_bounds import CLOSES_THINKING, Span
 
-_CLOSING: Final = re.compile(
-    r"\s*(?:</think(?:ing)?>|\[/THINK\]|</seed:think>|<\|END_THINKING\|>|<channel\|>|<\|end\|>)?\s*"
-)
+_CLOSING: Final = re.compile(rf"\s*(?:{CLOSES_THINKING}|<\|end\|>)?\s*")
 _INLINE: Final = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
 
 

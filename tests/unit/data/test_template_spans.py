@@ -21,7 +21,7 @@ SPECIAL: Final = (
     "<|im_start|>", EOS, "<|END_RESPONSE|>", "<|channel|>", "<|message|>", "<|call|>", "<|begin|>",
     "<|arg|>", "<|end_call|>",
 )  # fmt: skip
-NO_THINKING: Final = ("", "<think>\n\n</think>\n\n", "\n<think></think>\n")
+NO_THINKING: Final = ("", "<think>\n\n</think>\n\n", "\n<think></think>\n", "</think>")
 STOPS: Final = (EOS, f"<|END_RESPONSE|>{EOS}", f"</answer>{EOS}")
 ARGUMENTS: Final = {
     "object": "a | tojson",
@@ -100,8 +100,8 @@ _EVERY: Final = [
     )
     if not (parts[0] and parts[1] == "\n<think></think>\n")  # its prompt would not be its render
 ]
-MAKES: Final = _EVERY[::4]
-"""4 and 3 have no factor in common: every pair of parts is there."""
+MAKES: Final = _EVERY[::5]
+"""5 has no factor in common with the numbers of parts: every pair of parts is there."""
 NAME, ID = "get_weather", "functions.get_weather:0"
 
 
