@@ -72,7 +72,8 @@ class RenderOptions:
 
     Attributes:
         stripped_thinking: What becomes of a message whose thinking the template leaves out:
-            ``mask`` (not trained), ``train`` (its answer is), or ``reject``.
+            ``mask`` (not trained, but for a call that an answer to the same question follows),
+            ``train`` (its answer is), or ``reject``.
         check_all: Compare every conversation with Jinja.
         mask_thinking: Train no thinking.
         mask_tool_calls: Train no tool calls.
@@ -251,8 +252,9 @@ class Renderer:
                     "are to be trained; label them 0, or see --stripped-thinking",
                 )
             if policy == "mask":
-                kept = tuple(s for s in rendered.spans if s.message not in skeleton.stripped)
-                rendered = rendered._replace(spans=kept, stripped=len(skeleton.stripped))
+                masked = {i for i in skeleton.stripped if not self._calls_alone(conversation, i)}
+                kept = tuple(s for s in rendered.spans if s.message not in masked)
+                rendered = rendered._replace(spans=kept, stripped=len(masked))
         has_trained = any(m.trained for m in conversation.messages)
         if has_trained and not rendered.spans:
             raise BadRecordError(
@@ -262,6 +264,19 @@ class Renderer:
             )
         _require_order(rendered.spans)
         return rendered
+
+    def _calls_alone(self, conversation: Conversation, index: int) -> bool:
+        """Say whether a message's call is trained though its thinking is left out.
+
+        gpt-oss leaves it out as soon as the answer is there: no call stands before an answer with
+        its thinking. A template that knows no thinking has no such form.
+        """
+        message = conversation.messages[index]
+        is_read = any(
+            key in self._template.names for key in REASONING_KEYS if message.extra.get(key)
+        )
+        is_asked_again = any(m.role == "user" for m in conversation.messages[index + 1 :])
+        return bool(message.extra.get("tool_calls")) and is_read and not is_asked_again
 
     def _by_marks(self, conversation: Conversation, must_hide: bool) -> Rendered:
         if must_hide:

@@ -34,10 +34,14 @@ def answer_cut(block: Block, vocabulary: Vocabulary) -> Ints:
 
 
 def stop_inside_turn(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns that hold a control token before the one, or the several, that end them."""
+    """Return turns that hold a control token before the one, or the several, that end them.
+
+    Harmony's turns are several messages: an end right before the header of the turn is none.
+    """
     control = flags(vocabulary.is_control, block.tokens)
     is_followed = np.concatenate([control[1:], np.zeros(min(len(control), 1), bool)])
-    inside = block.count_in_turns(control & ~is_followed, but_last=True) > 0
+    control = control & ~is_followed & ~_between_messages(block, control)
+    inside = block.count_in_turns(control, but_last=True) > 0
     return block.sample[inside & ~block.whole]
 
 
@@ -99,6 +103,23 @@ def _without_stop(block: Block, vocabulary: Vocabulary) -> tuple[Bools, Bools]:
     last_is_stop = stop[block.ends - 1]
     whole_has_stop = block.whole & (block.count_in_turns(stop) > 0)
     return ~last_is_stop & ~whole_has_stop, block.ends < block.offsets[block.sample + 1]
+
+
+def _between_messages(block: Block, control: Bools) -> Bools:
+    """Return bool [T]: control tokens before the two tokens that stand before their turn, too.
+
+    ``<|start|>assistant`` [analysis ``<|end|><|start|>assistant`` final ``<|return|>``]
+    """
+    between = np.zeros(len(control), bool)
+    behind = np.flatnonzero(control[:-2]) + 1
+    turn = np.searchsorted(block.starts, behind, "right") - 1
+    behind, turn = behind[turn >= 0], turn[turn >= 0]
+    start = block.starts[turn]
+    repeats = (start >= 2) & (behind + 1 < block.ends[turn])
+    for i in (0, 1):
+        repeats &= block.tokens[behind + i] == block.tokens[start - 2 + i]
+    between[behind[repeats]] = between[behind[repeats] - 1] = True
+    return between
 
 
 def _at(block: Block, positions: Ints) -> Ints:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import pytest
 
+from megasft.data.conversation import BadRecordError
 from megasft.data.formats import FieldMap, parse
 from megasft.data.render import Renderer, RenderOptions
 
@@ -27,9 +28,13 @@ def template(answer: str, prompt: str, behind: str = "") -> str:
 
 
 def trained(source: str, *answers: dict[str, Any], **options: Any) -> list[str]:
-    messages = []
+    messages: list[dict[str, Any]] = []
     for answer in answers:
         messages += [{"role": "user", "content": "Hi"}, {"role": "assistant", **answer}]
+    return spans(source, messages, **options)
+
+
+def spans(source: str, messages: list[dict[str, Any]], **options: Any) -> list[str]:
     renderer = Renderer(
         source,
         special_tokens={"eos_token": EOS},
@@ -118,6 +123,31 @@ def test_what_a_template_adds_behind_the_last_turn_is_not_trained(answer: dict[s
     )
     said = '<call>get_weather({"city": "Oslo"})<|start|>' if "tool_calls" in answer else "Yo<|end|>"
     assert trained(source, answer) == [said]
+
+
+@pytest.mark.parametrize("knows_thinking", [True, False])
+def test_a_call_is_trained_where_its_answer_takes_its_thinking_away(knows_thinking: bool) -> None:
+    """gpt-oss: shown while the call is the last message, left out when its answer is there."""
+    key = "reasoning_content" if knows_thinking else "other"
+    source = template(
+        "{{- '<|start|><|bot|>' }}{%- if m." + key + " and (loop.last or not m.tool_calls) %}"
+        "{{- '<think>' ~ m." + key + " ~ '</think>' }}{%- endif %}{{- m.content }}" + CALL
+        + "{{- '<|end|>' }}",
+        "<|start|><|bot|>",
+    ).replace("<|start|><|user|>", "<|start|><|' ~ m.role ~ '|>")  # fmt: skip
+    asks = [{"role": "user", "content": "Hi"}, {"role": "assistant", **calls(), **THINKS}]
+    asks[1]["content"] = ""
+    answered = [*asks, {"role": "tool", "content": "-3"}, {"role": "assistant", **THINKS}]
+    called, said = '<call>get_weather({"city": "Oslo"})<|end|>', "<think>Hm</think>Yo<|end|>"
+    if not knows_thinking:
+        with pytest.raises(BadRecordError, match="leaves out the thinking of all"):
+            spans(source, answered)
+        return
+    assert spans(source, asks) == [f"<think>Hm</think>{called}"]
+    assert spans(source, answered) == [called, said]
+    assert spans(source, [*answered, *answered]) == [said, called, said]  # an earlier one is not
+    with pytest.raises(BadRecordError, match="leaves out the thinking"):
+        spans(source, answered, stripped_thinking="reject")
 
 
 def test_a_message_written_with_two_headers_is_two_turns() -> None:

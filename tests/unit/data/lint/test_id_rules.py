@@ -38,6 +38,25 @@ def test_several_stops_at_the_end_of_a_turn_are_its_end(tmp_path: Path) -> None:
     assert "stop-inside-turn" in lint_samples(tmp_path / "goes_on", goes_on)
 
 
+@pytest.mark.parametrize("knows_start", [False, True])
+def test_an_end_between_two_messages_of_one_turn_is_no_stop_inside_it(
+    tmp_path: Path, knows_start: bool
+) -> None:
+    """gpt-oss thinks in a message of its own, <|end|><|start|>assistant before the next one."""
+    special = SPECIAL | {"bos": START if knows_start else BOS}
+    header = [START, 10]
+
+    def fires(name: str, *again: int) -> bool:
+        sample = ([9, *header, 11, STOP, *again, 13, STOP], [(3, 4 + len(again))])
+        report = lint(made(tmp_path / name, sample, special_tokens=special))
+        return "stop-inside-turn" in report
+
+    assert not fires("thinks", *header)
+    assert not fires("thinks_twice", *header, 12, STOP, *header)
+    assert fires("user", START, 14)
+    assert fires("blank", 15, *header)
+
+
 def lint_samples(folder: Path, *samples: Given) -> dict[str, Any]:
     return lint(made(folder / "store", *samples, special_tokens=SPECIAL | {"bos": BOS}))
 
