@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-# A deadline is a timed assertion: a busy machine breaks it.
-hypothesis.settings.register_profile("any machine", deadline=None)
+# A deadline and a limit for drawing are timed assertions: a busy machine breaks them.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 # Threads of tiny models do nothing but wait for each other: the float64 truth of a training step
