@@ -73,7 +73,8 @@ def model_positions(args: Any) -> int | None:
 def too_many_units(subject: Subject) -> Iterator[Hit]:
     """Find global batches whose units do not fit the int32 Megatron adds them in."""
     args, plan = subject.settled, subject.data.train.plan
-    most = int(plan.units[args.megasft_loss].max(initial=0)) * int(args.global_batch_size)
+    per_row = {"turn": plan.turns, "sample": plan.labelled_samples, "token": plan.labels}
+    most = int(per_row[args.megasft_loss].max(initial=0)) * int(args.global_batch_size)
     if most >= INT32:
         yield Hit(
             f"a global batch of {args.global_batch_size} rows may hold {most:,} {args.megasft_loss}"

@@ -1,25 +1,18 @@
 """What a record says is honoured or refused, in every format and whatever the key is called."""
 
 import itertools
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import orjson
 import pytest
 
 from megasft.data.build import BuildOptions, Tally, build
 from megasft.data.conversation import BadRecordError, Conversation
 from megasft.data.formats import FieldMap, parse
-from megasft.data.render import RenderOptions
 from megasft.data.tokenize import Made, Recipe, Tokenizer
-from megasft.errors import DataError
-from megasft.schema import turn_weights_of
 from megasft.store import open_store
-from megasft.turn_records import WeightRange
 from tests.tiny_tokenizer import make_tokenizer
 
 Record = dict[str, Any]
@@ -172,79 +165,6 @@ def test_an_answer_of_weight_0_is_no_turn_and_not_counted(
 ) -> None:
     turns = [(q, a, {"weight": int(i > 0)}) for i, (q, a, _) in enumerate(LIMA[:2])]
     assert trained(as_messages(turns)) == ["Sorry: it is Lima.<|im_end|>"]
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_number_above_0_is_the_weight_of_its_answer_in_every_format(
-    writer: Callable[[list[Turn]], Record],
-) -> None:
-    num_seen = 0
-    for key, weights in itertools.product(
-        KEYS, ([0.5, 1, 2], [0.1, 0, 1e-3], [3, True, 1e30], [False, 0.25, 0.0], [2**60, 1.5, 1])
-    ):
-        turns = [(q, a, {key: w}) for (q, a, _), w in zip(LIMA, weights, strict=True)]
-        answers = [m for m in read(writer(turns)).messages if m.role == "assistant"]
-        assert [m.weight if m.trained else 0 for m in answers] == weights, (key, weights)
-        assert not any(m.extra for m in answers)
-        num_seen += 1
-    assert num_seen >= 50
-
-
-def test_a_turn_has_the_weight_of_its_message_in_the_store(folder: Path, tmp_path: Path) -> None:
-    turns = [(q, a, {"weight": w}) for (q, a, _), w in zip(LIMA, (0.1, 0, 2), strict=True)]
-    plain: list[Turn] = [("Hi", "Yo", {})]
-    listed = as_messages(LIMA) | {"labels": [0, 0.5, 0, 1, 0, 4]}
-
-    _build(tmp_path, folder, as_messages(turns), as_messages(plain), listed)
-
-    store = open_store(tmp_path / "store")
-    found = [turn_weights_of(store.sample(i).turns).tolist() for i in range(3)]
-    assert found == [[float(np.float32(0.1)), 2.0], [1.0], [0.5, 1.0, 4.0]]
-    assert store.weights == WeightRange(4, float(np.float32(0.1)), 4.0)
-
-
-def test_everything_trained_is_one_turn_of_weight_1(folder: Path) -> None:
-    fields = FieldMap(train_on="everything")
-    record = as_messages([(q, a, {"weight": 3}) for q, a, _ in LIMA])
-    (made,) = Tokenizer(Recipe(folder, fields=fields)).make([(1, orjson.dumps(record))])
-    assert isinstance(made, Made)
-    assert turn_weights_of(made.sample.turns).tolist() == [1.0]
-
-
-def test_what_is_left_of_a_turn_without_its_thinking_keeps_its_weight(folder: Path) -> None:
-    rendering = RenderOptions(mask_thinking=True)
-    thinks = {"reasoning_content": "Hm.", "weight": 0.5}
-    record = as_messages([("Hi", "Yo", thinks), ("Bye", "See you", {})])
-    (made,) = Tokenizer(Recipe(folder, rendering=rendering)).make([(1, orjson.dumps(record))])
-    assert isinstance(made, Made)
-    assert turn_weights_of(made.sample.turns).tolist() == [0.5, 1.0]
-
-
-@pytest.mark.parametrize(
-    "weight",
-    [-1, -0.5, "0", "0.5", "true", [1], {}, math.nan, math.inf, -math.inf, 3.5e38, 1e-39, 10**400],
-)
-def test_a_weight_that_is_no_number_float32_holds_is_refused_with_a_remedy(weight: Any) -> None:
-    for record in (
-        as_messages([("Hi", "Yo", {"weight": weight})]),
-        as_messages([("Hi", "Yo", {})]) | {"labels": [0, weight]},
-    ):
-        error = refusal(json.dumps(record).encode())
-        assert error.reason == "bad labels"
-        assert error.detail.endswith("write 0 where nothing is to be trained, else 1 or the weight")
-
-
-def test_a_bad_weight_is_reported_with_its_line_and_value(folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "chats.jsonl"
-    records = [as_messages([("Hi", "Yo", {"weight": w})]) for w in (0.5, -2)]
-    file.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records))
-    complaints: dict[str, str] = {}
-    options = BuildOptions((str(file),), tmp_path / "store", Recipe(folder))
-    with pytest.raises(DataError, match="1 of 2 records are bad"):
-        build(options, on_bytes=lambda n: None, on_rejected=complaints.__setitem__)
-    ((place, why),) = complaints.items()
-    assert place == f"{file}:2"
-    assert why.startswith("bad labels: a label or weight is 0") and "not -2;" in why
 
 
 def test_an_ambiguous_mask_is_reported_as_unread(folder: Path, tmp_path: Path) -> None:
