@@ -80,7 +80,11 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
         set_global_variables(args)
         model = model_config(args)
         batches = GlobalBatches(
-            data.train.plan, seed=args.seed, objective=args.megasft_loss, window=window
+            data.train.plan,
+            seed=args.seed,
+            objective=args.megasft_loss,
+            window=window,
+            normalizes=args.megasft_turn_weights == "normalize",
         )
         keeper = saving.Keeper(args, rank=args.rank)
         report = Report(args, data, batches, keeper)

@@ -5,6 +5,7 @@ A store is a directory that is either whole or refused:
     tokens.bin/.idx   token ids, one sequence per sample, document order; Megatron's IndexedDataset
                       format (uint16 below 65,500 ids, else int32), so stock Megatron can read it
     turns.bin/.idx    one int32 sequence per sample: its turn records (schema.TURN_FIELDS), flat
+                      (format version 2; version 1 has no weights and is read as weights of 1)
     lineage.npy       int64 [S, 2]: source file (position in store.json) and line of each sample
     store.json        everything else, written last
 
@@ -21,7 +22,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -40,8 +41,10 @@ from megasft.sequence_file import (
     open_sequences,
 )
 from megasft.sequence_file import SequenceFile as SequenceFile  # readers know it from here
+from megasft.turn_records import WIDTHS, UnitWeights, WeightRange, range_in, range_of
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""What is written; the versions of ``WIDTHS`` are read."""
 TOKENS, TURNS, LINEAGE, META = "tokens", "turns", "lineage.npy", "store.json"
 
 
@@ -93,6 +96,7 @@ class StoreWriter:
         Raises:
             StoreError: It cannot be written, because the disk is full for one; nothing is left.
         """
+        assert sample.turns.shape[1] == len(TURN_FIELDS), "a turn record has its weight"
         try:
             self._tokens.add(sample.tokens)
             self._turns.add(sample.turns.reshape(-1))
@@ -124,12 +128,15 @@ class StoreWriter:
             np.save(file, lineage)
             close_synced(file)
         digest = hashlib.sha256(self._tokens.digest.digest() + self._turns.digest.digest())
+        records = open_sequences(self.partial / TURNS).values.reshape(-1, len(TURN_FIELDS))
+        weights = range_of(records)
         whole = {
             "format_version": FORMAT_VERSION,
             "fingerprint": digest.hexdigest()[:32],
             "turn_fields": list(TURN_FIELDS),
             "vocab_size": self._vocab_size,
             **meta,
+            "turn_weights": None if weights is None else weights._asdict(),
         }
         with (self.partial / META).open("wb") as file:
             file.write(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
@@ -208,7 +215,7 @@ class Samples(NamedTuple):
 
     Attributes:
         tokens: Token ids of each, as the store has them.
-        turns: int32 [N, 4]. Turn records of all, see ``TURN_FIELDS``.
+        turns: int32 [N, 5]. Turn records of all, see ``TURN_FIELDS``.
         num_turns: int64 [S]. Turns of each.
     """
 
@@ -241,6 +248,8 @@ class TokenStore:
         tokens: Token ids of each sample.
         turns: Flat turn records of each sample.
         lineages: Origin of the samples, store by store.
+        weights: Range of the turns' weights; None where every turn weighs 1.
+        ignores_weights: Turns are read as if each weighed 1.
     """
 
     path: Path
@@ -248,6 +257,8 @@ class TokenStore:
     tokens: Sequences
     turns: FlatSequences
     lineages: tuple[Lineage, ...]
+    weights: WeightRange | None = None
+    ignores_weights: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens.lengths)
@@ -265,6 +276,11 @@ class TokenStore:
     def name(self) -> str:
         """What messages call it: its folder, or all of them."""
         return " + ".join(self.meta.get("stores", [str(self.path)]))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a turn is read with a weight other than 1."""
+        return self.weights is not None and not self.ignores_weights
 
     @property
     def fingerprint(self) -> str:
@@ -294,6 +310,10 @@ class TokenStore:
             self.turns.lengths[numbers].astype(np.int64) // width,
         )
 
+    def without_weights(self) -> TokenStore:
+        """Return the store with every turn's weight read as 1."""
+        return replace(self, turns=UnitWeights(self.turns), ignores_weights=True)
+
     def source_line(self, index: int) -> str:
         """Return ``file:17`` (or ``file:record 17``) of the conversation a sample was made from."""
         part, place = 0, index
@@ -322,10 +342,11 @@ def open_store(path: Path | str) -> TokenStore:
             )
         raise StoreError(f"{path} is not a token store (no {META}); make one with `megasft build`")
     meta = orjson.loads((path / META).read_bytes())
-    if meta.get("format_version") != FORMAT_VERSION:
+    width = WIDTHS.get(meta.get("format_version"))
+    if width is None:
         raise StoreError(
             f"{path} has format version {meta.get('format_version')}, this megasft reads "
-            f"{FORMAT_VERSION}; build the store again"
+            f"{' and '.join(map(str, WIDTHS))}; build the store again"
         )
     tokens, turns = open_sequences(path / TOKENS), open_sequences(path / TURNS)
     try:
@@ -337,4 +358,5 @@ def open_store(path: Path | str) -> TokenStore:
             f"{path} is damaged: {len(tokens.lengths):,} samples, {len(turns.lengths):,} turn "
             f"records and {len(lineage):,} lineage rows should be equal; build it again"
         )
-    return TokenStore(path, meta, tokens, turns, (Lineage(lineage, 0),))
+    records = turns if width == len(TURN_FIELDS) else UnitWeights(turns, width)
+    return TokenStore(path, meta, tokens, records, (Lineage(lineage, 0),), range_in(meta))

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from megasft.errors import StoreError
 from megasft.schema import NO_CATEGORY, TURN_FIELDS
 from megasft.sequence_file import FlatSequences, Integers, Numbers, Sequences, cut, offsets_of
 from megasft.store import Lineage, TokenStore, open_store
+from megasft.turn_records import WeightRange
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +164,14 @@ def open_stores(paths: Sequence[Path | str]) -> TokenStore:
     for store in stores[1:]:
         _require_same_tokenizer(stores[0], store)
     names, renumbered = _one_numbering([store.meta.get("categories", {}) for store in stores])
+    weights = [store.weights or WeightRange(0, 1.0, 1.0) for store in stores]
     return TokenStore(
         stores[0].path,
         _meta(stores, names, renumbered),
         _joined([store.tokens for store in stores]),
         _turns(stores, renumbered),
         _lineages(stores),
+        reduce(WeightRange.joined, weights) if any(store.weights for store in stores) else None,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megasft.schema import TURN_FIELDS, Sample
+from megasft.schema import TURN_FIELDS, Sample, turn_weights_of
 from megasft.store import Samples
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -63,7 +63,7 @@ def assemble(
         The fields of ``SFTBatch``, whole rows, shifted.
 
     Example:
-        >>> turns = np.array([[2, 2, 0, 1]])                          # tokens 2 and 3 are trained
+        >>> turns = turn_records([(2, 2, 0, 1)])                       # tokens 2 and 3 are trained
         >>> row = assemble([Sample(np.array([7, 8, 9, 5]), turns)], row_tokens=6, align_tokens=2,
         ...                pad_token=0)
         >>> row["tokens"].tolist(), row["labels"].tolist(), row["cu_seqlens"].tolist()
@@ -96,7 +96,9 @@ def _together(samples: Sequence[Sample]) -> Samples:
     no_turns = np.zeros((0, len(TURN_FIELDS)), np.int32)
     return Samples(
         [sample.tokens for sample in samples],
-        np.concatenate([no_turns, *(sample.turns for sample in samples)]),
+        np.concatenate(
+            [no_turns, *(s.turns for s in samples)], dtype=np.int32, casting="same_kind"
+        ),
         np.array([len(sample.turns) for sample in samples], np.int64),
     )
 
@@ -150,9 +152,10 @@ def _turn_facts(tokens: Ints, samples: Samples, starts: Ints) -> Columns:
     number = np.arange(1, len(sizes) + 1) - (turns_so_far - samples.num_turns)[document]
     of_run = np.zeros((4, len(edges) - 1), np.int32)
     of_run[:, 1::2] = sizes, of_sample[document], column["category_id"], number
-    turn_tokens, sample_tokens, category_ids, turn_numbers = np.repeat(
-        of_run, edges[1:] - edges[:-1], axis=1
-    )
+    weight_of_run = np.zeros(len(edges) - 1, np.float32)
+    weight_of_run[1::2] = turn_weights_of(samples.turns)
+    run_tokens = edges[1:] - edges[:-1]
+    turn_tokens, sample_tokens, category_ids, turn_numbers = np.repeat(of_run, run_tokens, axis=1)
 
     labels = np.zeros(num_tokens, np.int64)
     np.copyto(labels[:-1], tokens[1:], where=turn_tokens[:-1] > 0)
@@ -167,4 +170,5 @@ def _turn_facts(tokens: Ints, samples: Samples, starts: Ints) -> Columns:
         "ends_sample": ends_sample,
         "category_ids": category_ids,
         "turn_numbers": turn_numbers,
+        "turn_weights": np.repeat(weight_of_run, run_tokens),
     }

@@ -362,12 +362,15 @@ def _bar(console: Console, files: tuple[Location, ...]) -> Iterator[Callable[[in
 
 def _print_result(options: BuildOptions, tally: Tally) -> None:
     from megasft.data import unread_keys
+    from megasft.store import open_store
 
     share = 100 * tally.label_tokens / tally.tokens
     print(
         f"{options.output}: {tally.samples:,} samples, {tally.turns:,} turns, "
         f"{tally.tokens:,} tokens, {tally.label_tokens:,} trained ({share:.1f} %)"
     )
+    if weights := open_store(options.output).weights:
+        print(f"  {weights}")
     if tally.truncated or tally.dropped:
         print(
             f"  too long: {tally.truncated:,} cut, {tally.dropped:,} dropped; lost "

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import orjson
 import typer
 
+from megasft.errors import FlagError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,6 +47,8 @@ class Loss(StrEnum):
     TOKEN = "token"
     DFT = "dft"
     ROUTER = "router"
+    WEIGHTS = "weights"
+    NORMALIZED = "normalized"
 
 
 class Device(StrEnum):
@@ -69,7 +73,10 @@ def prove(
     ] = None,
     loss: Annotated[
         list[Loss] | None,
-        typer.Option(help="objective; again for more. router: turn, with MoE aux and z-loss on"),
+        typer.Option(
+            help="objective; again for more. router: turn, with MoE aux and z-loss on; weights, "
+            "normalized: random weights of turns, on llama and on qwen2_moe"
+        ),
     ] = None,
     layouts: Annotated[
         str, typer.Option(metavar="NAMES", help="parts of layout names, as 'CP 4,EP 2'")
@@ -119,6 +126,7 @@ def prove(
             defect=defect,
             folder=place,
         )
+        _require_runs(settings)
         verdicts = _run(console, settings)
     console.print(reports.table(verdicts))
     command = shlex.join(["megasft", *sys.argv[1:]])
@@ -129,6 +137,21 @@ def prove(
     console.print(reports.conclusion(verdicts), style="bold green" if is_exact else "bold red")
     console.print(f"report: {report}")
     raise typer.Exit(0 if is_exact else 1)
+
+
+def _require_runs(settings: Settings) -> None:
+    """Refuse a choice that leaves nothing to run.
+
+    Raises:
+        FlagError: None of the models is run with one of the objectives.
+    """
+    from megasft.proof.families import FAMILIES
+
+    families, objectives = settings.families, settings.objectives
+    if not any(FAMILIES[family].objectives(objectives) for family in families):
+        raise FlagError(
+            f"{', '.join(objectives)} is not run on {', '.join(families)}; leave --model out"
+        )
 
 
 @contextmanager

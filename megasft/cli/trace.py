@@ -156,18 +156,21 @@ def _require_below(num: int, value: int, fact: str) -> None:
 
 def _print_turns(console: Console, store: TokenStore, index: int) -> None:
     from megasft.data.report import categories_of
+    from megasft.schema import turn_weights_of
 
-    turns = store.sample(index).turns.tolist()
+    turns = store.sample(index).turns
+    weights = turn_weights_of(turns).tolist()
     console.print(f"{store.source_line(index)}", markup=False, style="bold")
     console.print(f"  category    {categories_of(store, index)}", markup=False)
     console.print(f"  tokens      {int(store.tokens.lengths[index]):,}", markup=False)
-    for number, (start, num_tokens, _, message) in enumerate(turns):
+    for number, (start, num_tokens, _, message, _) in enumerate(turns.tolist()):
+        weight = "" if weights[number] == 1 else f", weight {weights[number]:.6g}"
         text = (
             f"  turn {number:<7}tokens {start:,} to {start + num_tokens - 1:,} trained "
-            f"({num_tokens:,} labels), message {message}"
+            f"({num_tokens:,} labels), message {message}{weight}"
         )
         console.print(text, markup=False)
-    if not turns:
+    if not len(turns):
         console.print("  turns       none: nothing of it is trained", markup=False)
 
 

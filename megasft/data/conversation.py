@@ -16,12 +16,15 @@ from megasft.errors import DataError
 ROLES: Final = ("system", "user", "assistant", "tool")
 TRAIN_ON: Final = ("all-turns", "last-turn", "labels", "everything")
 """What is trained: all assistant messages but those labelled 0, the last one unless labelled 0,
-those labelled 1 alone, or every token of the conversation as one turn."""
+those labelled above 0 alone, or every token of the conversation as one turn."""
 LABEL_KEYS: Final = (
     *("label", "labels", "loss", "weight", "train", "training", "trainable"),
     *("loss_mask", "step_loss_mask", "loss_scale", "loss_weight"),
 )
-"""Keys of a message that say whether it is trained; `mask` is none, as it means both."""
+"""Keys of a message that say whether it is trained, and with which weight; `mask` is none, as it
+means both."""
+_WEIGHTS: Final = (1.1754944e-38, 3.4028234e38)
+"""The least and the largest weight but 0: those that float32 holds at its full precision."""
 REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 MAX_RECORD_BYTES: Final = 16 * 2**20
 """Some four million tokens of one conversation; what is longer is a file without line ends."""
@@ -93,6 +96,7 @@ class Message(NamedTuple):
         extra: Other fields the chat template may read (``tool_calls``, ``name``, ...).
         category: Its own one, where the messages of a record have several.
         labelled: The record says itself whether it is trained.
+        weight: Of its turns in the loss; it counts only where the message is trained.
     """
 
     role: str
@@ -101,6 +105,7 @@ class Message(NamedTuple):
     extra: Mapping[str, Any]
     category: Category | None = None
     labelled: bool = False
+    weight: float = 1.0
 
     def as_dict(self, content: str | None) -> dict[str, Any]:
         """Return what a chat template is given, with this content in place of the own one."""
@@ -136,17 +141,18 @@ def make_messages(
 
     Args:
         raw: Objects with ``role`` and ``content``.
-        labels: None, or a list of 0/1 as long as ``raw``; only an assistant's counts.
+        labels: None, or a list of numbers as long as ``raw``: 0 is not trained, any other is the
+            weight; only an assistant's counts.
         train_on: One of ``TRAIN_ON``.
 
     Raises:
         BadRecordError: A role is unknown, a text is missing, or nothing would be trained.
     """
-    flags = _record_labels(labels, count=len(raw))
-    is_default = train_on != "labels"
-    messages = tuple(_message(item, i, flags, is_default) for i, item in enumerate(raw))
+    given = _record_labels(labels, count=len(raw))
+    default = float(train_on != "labels")
+    messages = tuple(_message(item, i, given, default) for i, item in enumerate(raw))
     if train_on == "everything":
-        return tuple(m._replace(trained=False) for m in messages)
+        return tuple(m._replace(trained=False, weight=1.0) for m in messages)
     if not any(m.role == "assistant" for m in messages):
         raise BadRecordError(
             "no assistant turn", f"none of the {len(messages)} messages is assistant's"
@@ -190,11 +196,11 @@ def category_from_field(record: Mapping[str, Any], key: str) -> Category:
 _NOTHING: Final = {
     "all-turns": "the labels of all assistant messages are 0",
     "last-turn": "the label of the last assistant message is 0 (--train-on last-turn)",
-    "labels": "no assistant message has an own label 1 (--train-on labels)",
+    "labels": "no assistant message has an own label above 0 (--train-on labels)",
 }
 
 
-def _record_labels(labels: Any, *, count: int) -> list[bool] | None:
+def _record_labels(labels: Any, *, count: int) -> list[float] | None:
     if labels is None:
         return None
     if not isinstance(labels, list) or len(labels) != count:
@@ -202,23 +208,25 @@ def _record_labels(labels: Any, *, count: int) -> list[bool] | None:
         raise BadRecordError(
             "bad labels", f"labels must be a list of {count} (one a message): {found}"
         )
-    return [_flag(label) for label in labels]
+    return [_weight(label) for label in labels]
 
 
-def _flag(label: Any) -> bool:
-    if type(label) not in (int, bool, float) or label not in (0, 1):
+def _weight(label: Any) -> float:
+    least, most = _WEIGHTS
+    if type(label) not in (int, bool, float) or not (label == 0 or least <= label <= most):
         raise BadRecordError(
             "bad labels",
-            f"a label or weight is 0 or 1 (or false or true), not {label!r}; other weights are not "
-            "supported: write 0 or 1",
+            f"a label or weight is 0 (or false), 1 (or true) or another number between {least:.1e} "
+            f"and {most:.1e}, not {label!r:.40}; write 0 where nothing is to be trained, else 1 or "
+            "the weight",
         )
-    return bool(label)
+    return float(label)
 
 
 _NOTHING_ELSE: Final[dict[str, Any]] = {}
 
 
-def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) -> Message:
+def _message(item: Any, index: int, given: list[float] | None, default: float) -> Message:
     if not isinstance(item, dict):
         raise BadRecordError("wrong type", f"message {index} is not an object")
     if "role" not in item:
@@ -230,21 +238,21 @@ def _message(item: Any, index: int, flags: list[bool] | None, is_default: bool) 
         )
     content = item.get("content")
     if len(item) == 2 and type(content) is str:  # nearly all: a role, a text, and nothing else
-        wanted = flags[index] if flags else is_default
-        trained = role == "assistant" and wanted
-        return Message(role, content, trained, _NOTHING_ELSE, None, flags is not None)
+        weight = given[index] if given else default
+        trained = role == "assistant" and weight > 0
+        return Message(role, content, trained, _NOTHING_ELSE, None, given is not None, weight)
     own = [key for key in LABEL_KEYS if item.get(key) is not None]
-    if len(own) > (flags is None):
-        listed = [*own, *(["the record's `labels`"] if flags else [])]
+    if len(own) > (given is None):
+        listed = [*own, *(["the record's `labels`"] if given else [])]
         raise BadRecordError(
             "bad labels", f"message {index} is labelled twice: {', '.join(listed)}; keep one"
         )
-    wanted = _flag(item[own[0]]) if own else flags[index] if flags else is_default
+    weight = _weight(item[own[0]]) if own else given[index] if given else default
     skipped = {"role", "content", *LABEL_KEYS}
     extra = {k: v for k, v in item.items() if k not in skipped and v is not None}
     content = _content(item, index, may_be_absent=role == "assistant" and "tool_calls" in extra)
-    trained = role == "assistant" and wanted
-    return Message(role, content, trained, extra, labelled=bool(own or flags))
+    trained = role == "assistant" and weight > 0
+    return Message(role, content, trained, extra, labelled=bool(own or given), weight=weight)
 
 
 def _content(item: dict[str, Any], index: int, *, may_be_absent: bool) -> str | None:

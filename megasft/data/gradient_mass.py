@@ -1,17 +1,18 @@
 """Which share of the loss each category and length gets, weighting by token, sample or turn.
 
-A label weighs 1, 1 / labels of its sample, or 1 / labels of its turn (``loss/objectives.py``), so
-the weights of a group of turns add up to
+A label weighs 1, 1 / labels of its sample, or 1 / labels of its turn (``loss/objectives.py``),
+times the weight of its turn, so those of a group of turns add up to
 
-    token    its labels
-    sample   Σ over its turns of  labels of the turn / labels of the turn's sample
-    turn     its turns
+    token    Σ over its turns of  weight x labels
+    sample   Σ over its turns of  weight x labels / labels of the turn's sample
+    turn     Σ over its turns of  weight
 
 and its share is that over the same sum of the whole store. All of it follows from the turn records,
 without a model: at equal cross entropy these are shares of the loss, and at any cross entropy the
 factors on each label's gradient. Sums are fractions, not floats: shares add up to exactly 1, and
 1,000 categories at 0.1 % stay so. Turns of one group whose samples have equally many labels are
-added as integers first, so the cost is one fraction per distinct number of labels.
+added as integers first, so the cost is one fraction per distinct number of labels. Weights are
+integers for that, the largest one 2 ** 20.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megasft.data.report import Bin, bin_of, category_names
-from megasft.schema import TURN_FIELDS
+from megasft.schema import TURN_FIELDS, turn_weights_of
 from megasft.store import TokenStore
 
 WEIGHTINGS: Final = ("token", "sample", "turn")
 """Objectives in the order in which they take weight from long answers."""
+_TICKS: Final = 2**20
+"""The largest weight of a turn, as an integer."""
 
 
 class Mass(NamedTuple):
@@ -62,6 +65,7 @@ class _Turns(NamedTuple):
     labels: npt.NDArray[np.int64]
     category: npt.NDArray[np.int64]
     sample_labels: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.int64]
 
 
 def mass_by_category(store: TokenStore) -> list[MassRow]:
@@ -88,14 +92,17 @@ def _range(exponent: int) -> str:
 
 def _turns(store: TokenStore) -> _Turns:
     width = len(TURN_FIELDS)
-    records = np.asarray(store.turns.values, dtype=np.int64).reshape(-1, width)
+    raw = store.turns.values.reshape(-1, width)
+    weights = turn_weights_of(raw).astype(np.float64)
+    ticks = np.rint(weights * (_TICKS / weights.max(initial=1e-38))).astype(np.int64)
+    records = raw.astype(np.int64)
     labels = records[:, TURN_FIELDS.index("num_tokens")]
     sample = np.repeat(np.arange(len(store)), np.diff(store.turns.offsets // width))
     per_sample = np.zeros(len(store), np.int64)
     np.add.at(per_sample, sample, labels)
     category = records[:, TURN_FIELDS.index("category_id")]
     has_label = labels > 0
-    return _Turns(*(v[has_label] for v in (sample, labels, category, per_sample[sample])))
+    return _Turns(*(v[has_label] for v in (sample, labels, category, per_sample[sample], ticks)))
 
 
 def _rows(
@@ -106,8 +113,8 @@ def _rows(
     return [
         MassRow(
             name(group),
-            int(mass.turn),
-            int(mass.token),
+            int((groups == group).sum()),
+            int(turns.labels[groups == group].sum()),
             Mass(*(part / total for part, total in zip(mass, whole, strict=True))),
         )
         for group, mass in masses.items()
@@ -115,14 +122,15 @@ def _rows(
 
 
 def _mass(turns: _Turns, chosen: npt.NDArray[np.bool_]) -> Mass:
-    labels = turns.labels[chosen]
+    weight = turns.weight[chosen]
+    labels = turns.labels[chosen] * weight
     denominators, place = np.unique(turns.sample_labels[chosen], return_inverse=True)
     numerators = np.zeros(len(denominators), np.int64)
     np.add.at(numerators, place, labels)
     terms = [
         Fraction(n, d) for n, d in zip(numerators.tolist(), denominators.tolist(), strict=True)
     ]
-    return Mass(Fraction(int(labels.sum())), _sum(terms), Fraction(len(labels)))
+    return Mass(Fraction(int(labels.sum())), _sum(terms), Fraction(int(weight.sum())))
 
 
 def _sum(terms: list[Fraction]) -> Fraction:

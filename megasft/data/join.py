@@ -96,7 +96,7 @@ def _written(chain: list[_Link]) -> bytes:
         categories += own[skipped:]
     answers = [has for has, m in zip(labelled, messages, strict=True) if m.role == "assistant"]
     if all(answers):
-        listed, inline = {"labels": [int(m.trained) for m in messages]}, [False] * len(messages)
+        listed, inline = {"labels": [_label(m) for m in messages]}, [False] * len(messages)
     else:
         listed, inline = {}, labelled
     first = chain[0].conversation
@@ -111,8 +111,14 @@ def _written(chain: list[_Link]) -> bytes:
 
 
 def _message(message: Message, has_label: bool) -> dict[str, Any]:
-    label = {"label": int(message.trained)} if has_label else {}
+    label = {"label": _label(message)} if has_label else {}
     return {"role": message.role, "content": message.content, **message.extra, **label}
+
+
+def _label(message: Message) -> float:
+    if message.trained and message.weight != 1:
+        return message.weight
+    return int(message.trained)
 
 
 def _entry(category: Category) -> dict[str, Any] | str | int | None:

@@ -62,6 +62,7 @@ def facts(store: TokenStore) -> list[tuple[str, str]]:
     lines = [
         ("samples", f"{counts['samples']:,} of {counts['conversations']:,} conversations"),
         ("turns", f"{counts['turns']:,}"),
+        *([("weights", str(store.weights))] if store.weights else []),
         ("tokens", f"{tokens:,}, of which {labels:,} trained ({100 * labels / tokens:.1f} %)"),
         ("tokenizer", f"{meta['tokenizer']['path']}, {meta['vocab_size']:,} ids"),
         ("sources", ", ".join(source["path"] for source in meta["sources"])),

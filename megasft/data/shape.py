@@ -54,7 +54,7 @@ def shape_of(conversation: Conversation) -> tuple[Shape, list[str]]:
     leaves: list[str] = []
     shape: list[object] = []
     for message in conversation.messages:
-        role, content, trained, extra, _, _ = message
+        role, content, trained, extra, _, _, _ = message
         # Most messages: no blanks, no thinking, nothing but a text.
         if content and not extra and (role != "assistant" or "</think>" not in content):
             body = content.strip()

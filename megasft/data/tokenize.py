@@ -30,7 +30,7 @@ from megasft.data.too_long import Limit, shorten
 from megasft.data.turn_bounds import Span
 from megasft.data.unread_keys import OF_MESSAGE, OF_RECORD, UnreadKey
 from megasft.errors import DataError
-from megasft.schema import NO_CATEGORY, TURN_FIELDS, Sample
+from megasft.schema import NO_CATEGORY, TURN_FIELDS, UNIT_WEIGHT, Sample, turn_weights_of
 
 CHECK_EVERY: Final = 512
 """Of so many records one is rendered and encoded by the references, too, and compared."""
@@ -268,7 +268,7 @@ class Tokenizer:
         stop_ids = encoded.ids[encoded.borders[turns.text] + turns.last - 1].tolist()
         records = np.zeros((len(turns.text), len(TURN_FIELDS)), np.int32)
         records[:, 0], records[:, 1] = turns.first, turns.last - turns.first
-        records[:, 2] = NO_CATEGORY
+        records[:, 2], records[:, 4] = NO_CATEGORY, UNIT_WEIGHT
         borders = encoded.borders.tolist()
         made: dict[int, Outcome] = {}
         for number, item in enumerate(items):
@@ -304,6 +304,9 @@ class Tokenizer:
     ) -> Outcome:
         messages, spans = item.conversation.messages, item.rendered.spans
         sample.turns[:, 3] = [span.message for span in spans]
+        weights = [messages[span.message].weight for span in spans]
+        if weights.count(1.0) < len(weights):
+            turn_weights_of(sample.turns)[:] = weights
         made = Made(
             item.line,
             sample,

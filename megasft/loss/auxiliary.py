@@ -9,7 +9,8 @@ beforehand from the row plan, and ``M`` micro-batches over all data-parallel ran
     MoE losses   (Σ_mb P / M · aux_mb) · (U / P) / U   =  Σ_mb aux_mb / M
     MTP loss     (Σ ce_mtp) · (U / L) / U              =  Σ ce_mtp / L
 
-so the side losses' gradient is the same whichever objective is chosen.
+so the side losses' gradient is the same whichever objective is chosen, and whatever turns weigh:
+weights change no count, and these losses know of none.
 
 Padding is routed and balanced like any token. Megatron 0.19 can mask it, but then multiplies each
 rank's part of the balancing loss by that rank's count of true tokens, which depends on the cut

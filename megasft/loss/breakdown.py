@@ -8,6 +8,9 @@ row of zeros, never 0 / 0. Micro-batches add on the device: no host sync, no loo
 A table costs slots x 8 doubles whatever the batch. Rejected: a reported pair for each category,
 which Megatron reduces one by one and divides without a clamp.
 
+Means by token, turn and sample are plain, also where turns have weights; what is optimised has a
+column of its own then.
+
 Sums are float64, so that they are the same on every layout to many digits more than are printed.
 """
 
@@ -25,6 +28,9 @@ COLUMNS: Final = (
 """Sums of a slot: three counts; cross entropy as the token, turn and sample mean weigh it; the
 probability of the label; cross entropy times probability as the run's objective weighs it (what
 dynamic fine-tuning optimises)."""
+
+WEIGHTED_CE: Final = "weighted_ce"
+"""A ninth sum where turns have weights: cross entropy as the run's objective and they weigh it."""
 
 LAST_POSITION: Final = 8
 """Turns of a sample from this one on share a slot."""
@@ -66,10 +72,12 @@ class Breakdown:
     Args:
         categories: Ids of the categories of each set of rows; one set when training.
         objective: A name of ``OBJECTIVES``.
+        has_weights: Turns have weights other than 1.
         device: Where losses are.
 
     Attributes:
-        sums: float64 [slots, 8]. What micro-batches have added so far; columns as ``COLUMNS``.
+        sums: float64 [slots, 8]. What micro-batches have added so far; columns as ``COLUMNS``, and
+            ``WEIGHTED_CE`` where turns have weights.
         sets: The slots of each set.
     """
 
@@ -78,12 +86,13 @@ class Breakdown:
         categories: Sequence[Sequence[int]],
         *,
         objective: str,
+        has_weights: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.weights = OBJECTIVES[objective].weights
         self.sets = slots_of_sets(categories)
-        num_slots = self.sets[-1].lengths.stop
-        self.sums = torch.zeros(num_slots, len(COLUMNS), dtype=torch.float64, device=device)
+        size = (self.sets[-1].lengths.stop, len(COLUMNS) + has_weights)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         keys = [(n << _SET_BITS) + i for n, one in enumerate(self.sets) for i in one.category_ids]
         self._keys = torch.tensor(keys, device=device)
         self._edges = torch.tensor(LENGTH_EDGES, dtype=torch.int32, device=device)
@@ -98,7 +107,8 @@ class Breakdown:
             batch: The share, on the device of the losses.
             set_of_row: int64 [rows]. The set each row is of, -1 for padding; one set without it.
         """
-        values = _values(losses.detach(), batch, self.weights(batch))
+        has_weights = self.sums.shape[1] > len(COLUMNS)
+        values = _values(losses.detach(), batch, self.weights(batch), has_weights=has_weights)
         set_of_token = None
         if set_of_row is not None:
             # A row gives every rank equally many tokens, and rows keep their order in a share.
@@ -167,8 +177,10 @@ def slots_of_sets(categories: Sequence[Sequence[int]]) -> list[SlotsOfSet]:
     return slots
 
 
-def _values(losses: torch.Tensor, batch: SFTBatch, weights: torch.Tensor) -> torch.Tensor:
-    """Return float64 [T, 8]: what each label adds to its slots."""
+def _values(
+    losses: torch.Tensor, batch: SFTBatch, weights: torch.Tensor, *, has_weights: bool
+) -> torch.Tensor:
+    """Return float64 [T, 8], or 9 with weights: what each label adds to its slots."""
     labelled = has_label(batch)
     # Padding may hold nan, and 0 * nan is nan: select, do not multiply.
     ce = torch.where(labelled, losses.reshape(-1).double(), 0.0)
@@ -177,5 +189,6 @@ def _values(losses: torch.Tensor, batch: SFTBatch, weights: torch.Tensor) -> tor
         *(labelled, batch.ends_turn, batch.ends_sample, ce),
         *(ce / batch.turn_tokens.clamp(min=1), ce / batch.sample_tokens.clamp(min=1)),
         *(p, ce * p * weights),
+        *([ce * weights] if has_weights else ()),
     )
     return torch.stack([column.to(torch.float64) for column in columns], dim=1)

@@ -5,6 +5,9 @@ finalize_model_grads): losses and gradients are summed over micro-batches and ov
 context-parallel ranks, units likewise, as int32, and everything is divided once. So this function
 divides by nothing and talks to nobody. A share without labels returns zeros, whose gradient is
 zero: a legal no-op.
+
+What is reported as the loss is what is optimised, weights of turns and DFT counted; the token loss
+is plain cross entropy.
 """
 
 from typing import NamedTuple
@@ -37,6 +40,7 @@ def sft_loss(
     batch: SFTBatch,
     objective: str = "turn",
     dft_alpha: float = 0.0,
+    weight_scale: float = 1.0,
     part: float | None = None,
     is_empty_step: bool = False,
 ) -> LossOutput:
@@ -48,6 +52,8 @@ def sft_loss(
         batch: The share these losses belong to, shifted.
         objective: A name of ``OBJECTIVES``.
         dft_alpha: Strength of DFT; 0 switches it off.
+        weight_scale: Units over the sum of their weights, of the global batch, where weights are
+            normalized.
         part: What fraction of a step this share is (1 / (micro-batches x dp x cp)), for totals;
             ``None`` leaves totals out, as validation does.
         is_empty_step: The whole global batch has no label. Means are reported as 0 over 1 then,
@@ -57,7 +63,8 @@ def sft_loss(
         Sums over this share; see ``LossOutput``.
 
     Example:
-        Two turns of 1 and 2 labels: 3.0 + (1.0 + 2.0) / 2 = 4.5 over 2 turns.
+        Two turns of 1 and 2 labels: 3.0 + (1.0 + 2.0) / 2 = 4.5 over 2 turns. If the second one has
+        a weight of 0.5: 3.0 + 0.5 x 1.5 = 3.75 over 2 turns; normalized, times 2 / 1.5.
     """
     chosen = OBJECTIVES[objective]
     labelled = has_label(batch)
@@ -67,6 +74,8 @@ def sft_loss(
     if dft_alpha:
         weights = weights * dft_weights(ce, alpha=dft_alpha)
     loss_sum = (ce * weights).sum()
+    if weight_scale != 1.0:
+        loss_sum = loss_sum * weight_scale
     units = chosen.units(batch).sum(dtype=torch.int32)
 
     detached, num_labels = ce.detach(), labelled.sum().float()

@@ -1,11 +1,20 @@
 """What the loss is the mean of: turns, samples or tokens.
 
-With ``ce_t`` the cross entropy of label ``t``, ``n_t`` the labels of its turn and ``m_t`` those of
-its sample, over the whole global batch:
+With ``ce_t`` the cross entropy of label ``t``, ``n_t`` the labels of its turn, ``m_t`` those of
+its sample and ``w_t`` the weight of its turn (1 where the data gives none), over the whole batch:
 
-    turn     Σ_t ce_t / n_t  /  number of turns      a long answer weighs what a short one weighs
-    sample   Σ_t ce_t / m_t  /  number of samples
-    token    Σ_t ce_t        /  number of labels
+    turn     Σ_t w_t ce_t / n_t  /  number of turns     a long answer weighs what a short one weighs
+    sample   Σ_t w_t ce_t / m_t  /  number of samples
+    token    Σ_t w_t ce_t        /  number of labels
+
+Weights change no divisor: a turn of weight 0.5 pulls half as much as one of weight 1, and counts as
+one. Units stay counts, which Megatron adds as integers and the audit compares. Whoever wants the
+weighted mean (``--megasft-turn-weights normalize``) has the loss multiplied by the units over the
+sum of their weights, both of the global batch; the weight of a sample is the mean over its labels:
+
+    turn     turns / Σ_turns w      sample   samples / Σ_t w_t / m_t      token   labels / Σ_t w_t
+
+DFT multiplies ``w_t ce_t`` by its own factor, which does not know of weights.
 
 Numerator and denominator are summed separately and divided once, by Megatron
 (``--calculate-per-token-loss``). A unit is counted on the rank that owns its last label, so counts
@@ -27,7 +36,8 @@ class Objective(NamedTuple):
     """How labels are weighted and what is counted.
 
     Attributes:
-        weights: Batch to float32 [T]: the weight of each label; 0 where there is none.
+        weights: Batch to float32 [T]: the weight of each label, that of its turn counted; 0 where
+            there is none.
         units: Batch to bool [T]: the labels at which a unit is counted.
         unit: Name of a unit, for messages.
     """
@@ -42,14 +52,16 @@ def has_label(batch: SFTBatch) -> torch.Tensor:
     return batch.turn_tokens > 0
 
 
-def _one_per(lengths: torch.Tensor) -> torch.Tensor:
-    """Return float32 [T]: 1 / length, and 0 where the length is 0."""
-    return torch.where(lengths > 0, 1.0 / lengths.clamp(min=1).float(), 0.0)
+def _per(lengths: torch.Tensor, batch: SFTBatch) -> torch.Tensor:
+    """Return float32 [T]: weight of the turn / length, and 0 where the length is 0."""
+    return torch.where(lengths > 0, batch.turn_weights / lengths.clamp(min=1).float(), 0.0)
 
 
 OBJECTIVES: Final[dict[str, Objective]] = {
-    "turn": Objective(lambda b: _one_per(b.turn_tokens), lambda b: b.ends_turn, "turns"),
-    "sample": Objective(lambda b: _one_per(b.sample_tokens), lambda b: b.ends_sample, "samples"),
-    "token": Objective(lambda b: has_label(b).float(), has_label, "label tokens"),
+    "turn": Objective(lambda b: _per(b.turn_tokens, b), lambda b: b.ends_turn, "turns"),
+    "sample": Objective(lambda b: _per(b.sample_tokens, b), lambda b: b.ends_sample, "samples"),
+    "token": Objective(
+        lambda b: torch.where(has_label(b), b.turn_weights, 0.0), has_label, "label tokens"
+    ),
 }
 """``--megasft-loss NAME``."""

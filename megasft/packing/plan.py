@@ -17,7 +17,7 @@ of one long plan, so that the position of a run stays one integer whatever their
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,7 +34,7 @@ from megasft.packing.cost_window import CostWindow, WindowedOrder
 from megasft.packing.order import RowAtPosition, RowOrder
 from megasft.packing.pack import DEFAULT_PACKER, PACKERS
 from megasft.packing.rows import Packer, Rows, Seed
-from megasft.schema import TURN_FIELDS
+from megasft.schema import TURN_FIELDS, turn_weights_of
 from megasft.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class RowPlan:
         labelled_samples: int64 [R]. Samples of each row that have a turn.
         labels: int64 [R]. Label tokens of each row.
         tokens: int64 [R]. True tokens of each row, padding not counted.
+        unit_weights: float64 [R] by objective (``turn``, ``sample``, ``token``). Sum of the weights
+            of a row's units, that of a label being its turn's, and that of a sample the mean over
+            its labels; the number of units where every turn weighs 1.
         squares: int64 [R]. Sum of the squared lengths of a row's documents as attention computes
             them, padding counted.
         too_long: int64. Samples that fit no row and are left out.
@@ -69,6 +72,7 @@ class RowPlan:
     labelled_samples: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
+    unit_weights: dict[str, npt.NDArray[np.float64]]
     squares: npt.NDArray[np.int64]
     too_long: npt.NDArray[np.int64]
     identity: str
@@ -82,6 +86,11 @@ class RowPlan:
     def epoch_rows(self) -> float:
         """Rows of an epoch; with several packings the mean, because they may differ by some."""
         return len(self) / self.num_packings
+
+    @property
+    def units(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Return int64 [R] by objective: what each row adds to the divisor of the loss."""
+        return {"turn": self.turns, "sample": self.labelled_samples, "token": self.labels}
 
     def order(self, *, seed: int, window: CostWindow | None = None) -> RowAtPosition:
         """Return the order in which a run trains the rows, before they are dealt to ranks.
@@ -177,12 +186,14 @@ def plan_rows(
         )
         _write(cached, *planned)
     rows, stages = planned
+    contents = _contents(store, rows)
     too_long = np.unique(np.concatenate([samples[~fits[samples]] for samples in drawn]))
     return RowPlan(
         rows,
         row_tokens,
         align_tokens,
-        **_contents(store, rows),
+        **contents,
+        unit_weights=_unit_weights(store, rows, contents),
         squares=_squares(lengths, rows, row_tokens=row_tokens, align_tokens=align_tokens),
         too_long=too_long,
         identity=identity,
@@ -200,6 +211,31 @@ def _contents(store: TokenStore, rows: Rows) -> dict[str, npt.NDArray[np.int64]]
         "labels": labels,
         "tokens": store.tokens.lengths.astype(np.int64),
     }
+    return {
+        name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
+        for name, values in of_samples.items()
+    }
+
+
+def _unit_weights(
+    store: TokenStore, rows: Rows, contents: Mapping[str, npt.NDArray[np.int64]]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Sum the weights of each row's units, a sample that is there twice two times."""
+    if not store.has_weights:
+        counts = ("turns", "labelled_samples", "labels")
+        return {
+            objective: contents[name].astype(np.float64)
+            for objective, name in zip(("turn", "sample", "token"), counts, strict=True)
+        }
+    num_turns, num_labels = _turns_and_labels(store)
+    records = store.turns.values.reshape(-1, len(TURN_FIELDS))
+    weights = turn_weights_of(records).astype(np.float64)
+    of_labels = weights * records[:, TURN_FIELDS.index("num_tokens")]
+    sample = np.repeat(np.arange(len(store)), num_turns)
+    by_turn, by_label = (
+        np.bincount(sample, weights=values, minlength=len(store)) for values in (weights, of_labels)
+    )
+    of_samples = {"turn": by_turn, "sample": by_label / num_labels.clip(min=1), "token": by_label}
     return {
         name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
         for name, values in of_samples.items()

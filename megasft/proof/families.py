@@ -28,17 +28,26 @@ class Family:
         what: What is special about it, for the report.
         build: Makes the Hugging Face model, random by torch's seed.
         layouts: The layouts it is run on.
-        has_experts: Whether there are softmax routers, whose losses the truth knows.
+        rare: Those of ``RARE`` that it is run with.
     """
 
     what: str
     build: Callable[[], Any]
     layouts: tuple[Layout, ...]
-    has_experts: bool = False
+    rare: tuple[str, ...] = ()
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are softmax routers, whose losses the truth knows."""
+        return "router" in self.rare
 
     def objectives(self, chosen: tuple[str, ...]) -> list[str]:
-        """Return those of the chosen objectives that mean something for this model."""
-        return [name for name in chosen if self.has_experts or name != "router"]
+        """Return those of the chosen objectives that this model is run with."""
+        return [name for name in chosen if name not in RARE or name in self.rare]
+
+
+RARE: Final = ("router", "weights", "normalized")
+"""Objectives that mean something for few models, or need not be run on all layouts."""
 
 
 def _qwen3() -> Any:
@@ -107,12 +116,15 @@ LATENT: Final = tuple(layout for layout in MOE if layout.tp == 1)
 
 FAMILIES: Final = {
     "qwen3": Family("dense, grouped-query attention, qk-norm, untied embeddings", _qwen3, DENSE),
-    "llama": Family("dense, tied embeddings", _llama, TIED),
+    "llama": Family("dense, tied embeddings", _llama, TIED, rare=("weights",)),
     "qwen2_moe": Family(
-        "8 experts, 2 chosen, a gated shared expert, biases", _qwen2_moe, MOE, has_experts=True
+        "8 experts, 2 chosen, a gated shared expert, biases",
+        _qwen2_moe,
+        MOE,
+        rare=("router", "normalized"),
     ),
     "qwen3_moe": Family(
-        "8 experts, 2 chosen and renormalized, qk-norm", _qwen3_moe, FEW_MOE, has_experts=True
+        "8 experts, 2 chosen and renormalized, qk-norm", _qwen3_moe, FEW_MOE, rare=("router",)
     ),
     "deepseek_v3": Family(
         "latent attention (q/k heads of 24, v of 12), 8 experts in groups, sigmoid router with "

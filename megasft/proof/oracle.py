@@ -6,6 +6,7 @@ and the mean is taken over all of them at once. The optimizer step is written ou
 computed in less than float64 (``float64.py``).
 """
 
+import struct
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -67,32 +68,56 @@ def turn_losses(model: Any, sample: Sample) -> list[torch.Tensor]:
     return losses
 
 
+def weights_in(sample: Sample) -> list[float]:
+    """Return the weight of each turn: the last number of its record, read as a float's bits."""
+    return [struct.unpack("<f", struct.pack("<i", turn[-1]))[0] for turn in sample.turns.tolist()]
+
+
 def mean_loss(
-    model: Any, samples: Iterable[Sample], *, objective: str, dft_alpha: float = 0.0
+    model: Any,
+    samples: Iterable[Sample],
+    *,
+    objective: str,
+    dft_alpha: float = 0.0,
+    turn_weights: str = "use",
 ) -> tuple[torch.Tensor, int]:
     """Average over all turns, samples or labels of a global batch.
 
     DFT multiplies each cross entropy by ``alpha * p + 1 - alpha``, p being a constant for the
-    gradient.
+    gradient; the weight of its turn multiplies it, too.
+
+    Args:
+        model: Hugging Face model in float64.
+        samples: The global batch.
+        objective: ``turn``, ``sample`` or ``token``.
+        dft_alpha: Strength of DFT.
+        turn_weights: ``normalize`` divides by the sum of the units' weights instead of their
+            number; ``ignore`` has every turn weigh 1.
 
     Returns:
         float64 [] with its graph, and the number of units.
     """
     assert next(model.parameters()).dtype == torch.float64
-    total, units = torch.zeros((), dtype=torch.float64), 0
+    total, units, weight_sum = torch.zeros((), dtype=torch.float64), 0, 0.0
     for sample in (s for s in samples if len(s.turns)):
+        weights = [1.0] * len(sample.turns) if turn_weights == "ignore" else weights_in(sample)
         losses = [
-            ce * (dft_alpha * torch.exp(-ce.detach()) + 1 - dft_alpha)
-            for ce in turn_losses(model, sample)
+            w * ce * (dft_alpha * torch.exp(-ce.detach()) + 1 - dft_alpha)
+            for w, ce in zip(weights, turn_losses(model, sample), strict=True)
         ]
+        of_labels = [w for w, turn in zip(weights, losses, strict=True) for _ in turn]
         if objective == "turn":
-            parts, count = [turn.mean() for turn in losses], len(losses)
+            parts, count, weight = [turn.mean() for turn in losses], len(losses), sum(weights)
         elif objective == "sample":
             parts, count = [torch.cat(losses).mean()], 1
+            weight = sum(of_labels) / len(of_labels)
         else:
-            parts, count = [torch.cat(losses).sum()], sum(len(turn) for turn in losses)
+            parts, count = [torch.cat(losses).sum()], len(of_labels)
+            weight = sum(of_labels)
         total, units = total + torch.stack(parts).sum(), units + count
-    return total / max(units, 1), units
+        weight_sum += weight
+    divisor = weight_sum if turn_weights == "normalize" else units
+    return total / (divisor or 1), units
 
 
 def router_losses(
@@ -151,6 +176,7 @@ def first_step(
     objective: str,
     adam: Adam,
     dft_alpha: float = 0.0,
+    turn_weights: str = "use",
     side_loss: Callable[[], torch.Tensor] | None = None,
 ) -> Truth:
     """Compute loss, gradients and the parameters after one step of Adam.
@@ -161,10 +187,13 @@ def first_step(
         objective: ``turn``, ``sample`` or ``token``.
         adam: The optimizer's settings.
         dft_alpha: Strength of DFT.
+        turn_weights: As of ``mean_loss``.
         side_loss: Added to the loss for the gradient; what is reported is the loss without it.
     """
     model.zero_grad()
-    loss, units = mean_loss(model, samples, objective=objective, dft_alpha=dft_alpha)
+    loss, units = mean_loss(
+        model, samples, objective=objective, dft_alpha=dft_alpha, turn_weights=turn_weights
+    )
     if units:
         loss.backward()  # type: ignore[no-untyped-call]
     if side_loss is not None:

@@ -27,6 +27,9 @@ sequence of its own and the mean is taken over all of them at once:
 
     turn    Σ_turns (Σ_tokens ce / n_turn) / Σ turns        sample   the same per conversation
     token   Σ_tokens ce / Σ tokens                          DFT      ce weighted by α·p + 1 − α
+    weights      a turn's ce multiplied by its random weight, between 0.125 and 8, with DFT 0.8
+    normalized   the same without DFT, divided by the sum of the units' weights instead of their
+                 number, with router losses, which know of no weights
 
 Errors are relative: |loss − truth| / truth, and ‖tensor − truth‖ / ‖truth‖ for the worst of all
 gradients (before clipping) and of all parameters after one step of clipped AdamW."""

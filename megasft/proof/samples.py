@@ -6,21 +6,23 @@ from typing import Final
 
 import numpy as np
 
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, open_store
 
 VOCAB: Final = 256
 
 
-def sample(tokens: Sequence[int], *turns: tuple[int, int]) -> Sample:
-    """Make a sample with turns given as ``(start, num_tokens)``.
+def sample(
+    tokens: Sequence[int], *turns: tuple[int, int], weights: Sequence[float] | None = None
+) -> Sample:
+    """Make a sample with turns given as ``(start, num_tokens)``, and their weights if not 1.
 
     Example:
         >>> sample([7, 8, 9], (1, 2)).turns.tolist()
-        [[1, 2, 0, 0]]
+        [[1, 2, 0, 0, 1065353216]]
     """
     records = [(start, size, 0, i) for i, (start, size) in enumerate(turns)]
-    return Sample(np.array(tokens, np.int32), np.array(records, np.int32).reshape(-1, 4))
+    return Sample(np.array(tokens, np.int32), turn_records(records, weights))
 
 
 def random_samples(num: int, *, row_tokens: int, seed: int) -> list[Sample]:
@@ -38,6 +40,17 @@ def random_samples(num: int, *, row_tokens: int, seed: int) -> list[Sample]:
         tokens = rng.integers(0, VOCAB, size).tolist()
         samples.append(sample(tokens, *(() if i % 20 == 7 else turns)))
     return samples
+
+
+def weighted(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
+    """Return the samples with random weights of turns, between 0.125 and 8, now and then 1."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for one in samples:
+        weights = 2 ** rng.uniform(-3, 3, len(one.turns))
+        weights[rng.random(len(weights)) < 0.1] = 1
+        made.append(one._replace(turns=turn_records(one.turns[:, :-1].tolist(), weights.tolist())))
+    return made
 
 
 def write_store(

@@ -1,7 +1,7 @@
 """What every run of a proof starts from: a token store, a small model and its checkpoint."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from megasft.proof import families
 from megasft.proof.float64 import widen
 from megasft.proof.layouts import Layout
 from megasft.proof.oracle import Adam, Truth, first_step, router_losses
-from megasft.proof.samples import random_samples, write_store
+from megasft.proof.samples import random_samples, weighted, write_store
 from megasft.schema import Sample
 from megasft.store import TokenStore
 
@@ -36,6 +36,7 @@ class Objective(NamedTuple):
     """What a run optimizes, and how the table calls it.
 
     Attributes:
+        turn_weights: What becomes of random weights of turns; empty for data without.
         steps: That a run makes. The first is compared with the truth; that another follows is to
             be seen of each layout once.
     """
@@ -44,12 +45,15 @@ class Objective(NamedTuple):
     name: str
     dft_alpha: float = 0.0
     has_side_losses: bool = False
+    turn_weights: str = ""
     steps: int = 1
 
     @property
     def flags(self) -> list[str]:
         """Our flags, and Megatron's for side losses."""
         flags = ["--megasft-loss", self.name, "--megasft-dft-alpha", str(self.dft_alpha)]
+        if self.turn_weights:
+            flags += ["--megasft-turn-weights", self.turn_weights]
         if self.has_side_losses:
             flags += ["--moe-router-load-balancing-type", "aux_loss"]
             flags += ["--moe-aux-loss-coeff", str(AUX_COEFF), "--moe-z-loss-coeff", str(Z_COEFF)]
@@ -62,6 +66,13 @@ OBJECTIVES: Final = {
     "token": Objective("token", "token"),
     "dft": Objective("turn, DFT 0.8", "turn", dft_alpha=0.8),
     "router": Objective("turn + router losses", "turn", has_side_losses=True),
+    "weights": Objective("turn, weights, DFT", "turn", dft_alpha=0.8, turn_weights="use"),
+    "normalized": Objective(
+        "sample, normalized",
+        "sample",
+        has_side_losses=True,
+        turn_weights="normalize",
+    ),
 }
 """``megasft prove --loss NAME``."""
 
@@ -83,6 +94,7 @@ class World:
         hf: The Hugging Face model, float64.
         model: What conversion knows of it.
         batch: Rows of a global batch.
+        weighted: The same samples with random weights of turns.
     """
 
     folder: Path
@@ -91,6 +103,7 @@ class World:
     hf: Any
     model: Model
     batch: int = BATCH
+    weighted: TokenStore | None = None
 
     @property
     def plan(self) -> RowPlan:
@@ -128,6 +141,7 @@ class World:
                 router's losses depends on that.
         """
         micro_batches = micro_batches or self.micro_batches()
+        of_store = replace(self, store=self._store_of(objective))
         side_loss = None
         if objective.has_side_losses:
             groups = [
@@ -138,17 +152,25 @@ class World:
             )
         return first_step(
             self.hf,
-            chain(*self.samples(chain(*micro_batches))),
+            chain(*of_store.samples(chain(*micro_batches))),
             objective=objective.name,
             adam=ADAM,
             dft_alpha=objective.dft_alpha,
+            turn_weights=objective.turn_weights or "ignore",
             side_loss=side_loss,
         )
+
+    def _store_of(self, objective: Objective) -> TokenStore:
+        """Return the store with weights for an objective that has some; rows are the same."""
+        if not objective.turn_weights:
+            return self.store
+        assert self.weighted is not None, "a world of random weights"
+        return self.weighted
 
     def flags(self, layout: Layout, objective: Objective) -> list[str]:
         """Return the training entry point's flags of one run."""
         sizes = {
-            "--megasft-data": self.store.path,
+            "--megasft-data": self._store_of(objective).path,
             "--megasft-hf": self.folder / self.family / "megatron",
             "--megasft-align-tokens": ALIGN,
             "--seq-length": ROW_TOKENS,
@@ -171,11 +193,11 @@ def padded_documents(row: list[Sample], *, pad_token: int = 0) -> list[list[int]
 
 def make_world(folder: Path, family: str) -> World:
     """Write the store, the model and its checkpoint; what is there already is written anew."""
-    store = write_store(
-        folder / "store", random_samples(NUM_SAMPLES, row_tokens=ROW_TOKENS, seed=SEED)
-    )
+    samples = random_samples(NUM_SAMPLES, row_tokens=ROW_TOKENS, seed=SEED)
+    store = write_store(folder / "store", samples)
+    with_weights = write_store(folder / "weighted", weighted(samples, seed=SEED))
     hf_folder = folder / family / HF
     hf = families.build(family, seed=0)
     hf.save_pretrained(hf_folder)
     convert(hf_folder, folder / family / "megatron", overwrite=True)
-    return World(folder, family, store, widen(hf), read_model(hf_folder))
+    return World(folder, family, store, widen(hf), read_model(hf_folder), weighted=with_weights)

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from megasft.loss.breakdown import COLUMNS, LAST_POSITION, LENGTH_EDGES, SlotsOfSet, Span
+from megasft.loss.breakdown import (
+    COLUMNS,
+    LAST_POSITION,
+    LENGTH_EDGES,
+    WEIGHTED_CE,
+    SlotsOfSet,
+    Span,
+)
 from megasft.schema import NO_CATEGORY
 
 POSITION_NAMES: Final = (*(str(n) for n in range(1, LAST_POSITION)), f"{LAST_POSITION}+")
@@ -54,7 +61,8 @@ class Losses:
     """All labels of a step or of a validation set.
 
     Attributes:
-        loss: What is optimised, by the run's objective and with its DFT.
+        loss: What is optimised, by the run's objective, with the weights of turns and its DFT. All
+            others but that of DFT are plain.
         token_loss: Plain cross entropy per label token.
         sample_loss: Its mean over samples.
         turn_loss: Its mean over turns.
@@ -64,6 +72,7 @@ class Losses:
         labels: Label tokens.
         turns: Turns.
         samples: Samples that have a label.
+        divisor: What ``loss`` is a sum divided by: units, or their weights where normalized.
         categories: Means by name of category; those without labels are left out.
         turn_positions: Means by the turn's place in its sample; see ``POSITION_NAMES``.
         turn_lengths: Means by the turn's label tokens; see ``LENGTH_NAMES``.
@@ -78,6 +87,7 @@ class Losses:
     labels: int
     turns: int
     samples: int
+    divisor: float
     categories: Mapping[str, Means] = field(default_factory=dict)
     turn_positions: Mapping[str, Means] = field(default_factory=dict)
     turn_lengths: Mapping[str, Means] = field(default_factory=dict)
@@ -154,6 +164,7 @@ def losses_of(
     objective: str,
     dft_alpha: float,
     names: Mapping[int, str],
+    weight_scale: float = 1.0,
 ) -> Losses | None:
     """Divide the sums of a set, once.
 
@@ -163,11 +174,12 @@ def losses_of(
         objective: Of the run.
         dft_alpha: Of the run.
         names: Name of each category id.
+        weight_scale: Units over the sum of their weights, where weights are normalized.
 
     Returns:
         None when the set has no label.
     """
-    whole = dict(zip(COLUMNS, table[slots.whole], strict=True))
+    whole = dict(zip((*COLUMNS, WEIGHTED_CE), table[slots.whole], strict=False))
     if not whole["labels"]:
         return None
     means = {
@@ -175,13 +187,16 @@ def losses_of(
         "turn": whole["ce_per_turn"] / whole["turns"],
         "sample": whole["ce_per_sample"] / whole["samples"],
     }
-    units = {"token": "labels", "turn": "turns", "sample": "samples"}[objective]
-    full_dft = whole["weighted_p_ce"] / whole[units]
+    units = whole[{"token": "labels", "turn": "turns", "sample": "samples"}[objective]]
+    loss = means[objective]
+    if WEIGHTED_CE in whole:
+        loss = weight_scale * whole[WEIGHTED_CE] / units
+    full_dft = weight_scale * whole["weighted_p_ce"] / units
     alpha = dft_alpha or 1.0
-    dft_loss = alpha * full_dft + (1.0 - alpha) * means[objective]
+    dft_loss = alpha * full_dft + (1.0 - alpha) * loss
     categories = ["" if i == NO_CATEGORY else names.get(i, str(i)) for i in slots.category_ids]
     return Losses(
-        loss=dft_loss if dft_alpha else means[objective],
+        loss=dft_loss if dft_alpha else loss,
         token_loss=means["token"],
         sample_loss=means["sample"],
         turn_loss=means["turn"],
@@ -190,6 +205,7 @@ def losses_of(
         labels=round(whole["labels"]),
         turns=round(whole["turns"]),
         samples=round(whole["samples"]),
+        divisor=units / weight_scale,
         categories=_means(table, slots.categories, categories),
         turn_positions=_means(table, slots.positions, POSITION_NAMES),
         turn_lengths=_means(table, slots.lengths, LENGTH_NAMES),
@@ -200,7 +216,7 @@ def _means(table: Sequence[Sequence[float]], rows: Span, names: Sequence[str]) -
     """Return the means of rows that have a name and labels."""
     found = {}
     for name, sums in zip(names, table[rows.start : rows.stop], strict=True):
-        row = dict(zip(COLUMNS, sums, strict=True))
+        row = dict(zip(COLUMNS, sums, strict=False))
         if row["labels"] and name:
             found[name] = Means(
                 row["ce"] / row["labels"],

@@ -22,6 +22,7 @@ from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
 from megasft.store import TokenStore
 from megasft.training import best, freeze, retention, rope, run_length, saving, validation
 from megasft.training.report_arguments import add_report_arguments, check_report
+from megasft.training.turn_weights import add_weight_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for flags in (run_length, freeze, retention, best):
         flags.add_arguments(group)
+    add_weight_arguments(group)
     add_report_arguments(group)
     return parser
 

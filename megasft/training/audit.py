@@ -6,6 +6,9 @@ trained, and Megatron leaves the number it reduced over all ranks in the tensor 
 (``finalize_model_grads``), so comparing them costs no collective: one integer read from the device,
 just before the gradient norm is read from it anyway. An evaluation is compared with the whole of
 each validation store, by the table that is summed over all ranks for its report.
+
+Weights of turns change no count: a turn of weight 0.5 is one turn. Where they are normalized, the
+factor comes from the plan that the count is compared with.
 """
 
 from collections.abc import Mapping, Sequence

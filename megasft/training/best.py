@@ -80,20 +80,15 @@ def check(args: Any, names: Collection[str]) -> None:
         )
 
 
-def loss_of_each(sets: Mapping[str, Losses | None], *, objective: str) -> dict[str, float]:
+def loss_of_each(sets: Mapping[str, Losses | None]) -> dict[str, float]:
     """Return what is optimised, of each validation store and as the mean over all their units.
 
     Args:
         sets: Losses by name; None for a store without labels.
-        objective: A name of ``OBJECTIVES``.
     """
     known = {name: losses for name, losses in sets.items() if losses is not None}
-    units = {
-        name: {"turn": one.turns, "sample": one.samples, "token": one.labels}[objective]
-        for name, one in known.items()
-    }
-    total = sum(known[name].loss * units[name] for name in known)
-    mean = total / sum(units.values()) if known else math.nan
+    total = sum(losses.loss * losses.divisor for losses in known.values())
+    mean = total / sum(losses.divisor for losses in known.values()) if known else math.nan
     return dict.fromkeys(sets, math.nan) | {n: one.loss for n, one in known.items()} | {ALL: mean}
 
 

@@ -26,7 +26,7 @@ from megasft.packing.balance import BatchShape
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.store import TokenStore
 from megasft.store_group import open_stores, population_of
-from megasft.training import row_order, validation
+from megasft.training import row_order, turn_weights, validation
 from megasft.training.arguments import set_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def open_data(args: Any) -> RunData:
         StoreError: A store is missing or damaged.
         DataError: The mixture file does not fit the stores.
         PlanError: Rows cannot be made with these sizes.
-        FlagError: The stores' tokenizer does not fit the model.
+        FlagError: The stores' tokenizer does not fit the model, or a flag about them does nothing.
     """
     train = _plan(
         args,
@@ -66,13 +66,15 @@ def open_data(args: Any) -> RunData:
         num_packings=args.megasft_packings,
     )
     stores = validation.named_stores(args.megasft_valid_data)
-    return RunData(train, {name: _plan(args, [path]) for name, path in stores.items()})
+    data = RunData(train, {name: _plan(args, [path]) for name, path in stores.items()})
+    turn_weights.require_effect(args, [p.store for p in (data.train, *data.valid.values())])
+    return data
 
 
 def _plan(
     args: Any, paths: Sequence[str], *, mixture: str | None = None, num_packings: int = 1
 ) -> PlannedStore:
-    store = open_stores(paths)
+    store = turn_weights.as_asked(args, open_stores(paths))
     set_vocabulary(args, store)
     drawn = None
     if mixture is not None:
@@ -101,7 +103,8 @@ def announce(args: Any, data: RunData) -> None:
     """Say what an epoch holds before the first step, and what was left out."""
     apart = validation.reported_names(args.megasft_valid_data)
     valid = {f"validation {name}" if apart else "validation": p for name, p in data.valid.items()}
-    for name, planned in ({"train": data.train} | valid).items():
+    named = {"train": data.train} | valid
+    for name, planned in named.items():
         size = args.global_batch_size if name == "train" else args.eval_global_batch_size
         logger.info("%s: %s", name, planned.plan.summary(global_batch_size=size))
         if planned.draw is not None:
@@ -118,6 +121,7 @@ def announce(args: Any, data: RunData) -> None:
                 int(planned.store.tokens.lengths[too_long].max()),
                 planned.store.source_line(int(too_long[0])),
             )
+    turn_weights.announce(args, {name: planned.store for name, planned in named.items()})
 
 
 def _announce_draw(drawn: Draw, plan: RowPlan, *, global_batch_size: int) -> None:

@@ -18,6 +18,7 @@ from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
 from megasft.training.global_batch import GlobalBatches
 from megasft.training.probe import Probe
 from megasft.training.report import Report
+from megasft.training.turn_weights import evaluation_scales
 from megasft.training.validation import loss_of_each_set, reported_names
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
@@ -35,6 +36,7 @@ def forward_step_func(
         probe: Sees, and may replace, each training share and its loss.
     """
     names = reported_names(args.megasft_valid_data)
+    scales = evaluation_scales(args, [planned.plan for planned in report.valid])
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, LossFunc]:
         if model.training:
@@ -68,9 +70,11 @@ def forward_step_func(
         if model.training:
             loss_func = _training_loss(args, partial(loss, batch=batch), batch, batches, probe)
         elif set_of_row is not None:
-            loss_func = loss_of_each_set(loss, batch, set_of_row=set_of_row, names=names)
+            sets = dict(zip(names, scales.each, strict=True))
+            loss = partial(loss, weight_scale=scales.together)
+            loss_func = loss_of_each_set(loss, batch, set_of_row=set_of_row, sets=sets)
         else:
-            loss_func = partial(loss, batch=batch)
+            loss_func = partial(loss, batch=batch, weight_scale=scales.together)
         return losses, _gathered(loss_func, gather)
 
     return forward_step
@@ -95,10 +99,12 @@ def _training_loss(
 ) -> LossFunc:
     """Return the loss of one share, with what only a training step knows."""
     ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    step = batches.now(args)
     loss = partial(
         loss,
+        weight_scale=step.weight_scale,
         part=1.0 / (get_num_microbatches() * ranks),
-        is_empty_step=batches.now(args).units == 0,
+        is_empty_step=step.units == 0,
     )
     return loss if probe is None else lambda losses: probe.loss(loss(losses), batch)
 

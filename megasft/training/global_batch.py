@@ -3,13 +3,15 @@
 Which rows a step trains follows from Megatron's consumed samples alone, and the plan counts what
 each row holds. So every rank knows the units, labels and size of the whole global batch without
 communication: the audit compares them with what Megatron reduced, and the side losses are scaled
-by them.
+by them. So are the weights of turns, where they are normalized: the factor is that of the global
+batch on every rank and in each of its micro-batches, whatever the layout.
 """
 
 from typing import Any, NamedTuple
 
 from megasft.packing.cost_window import CostWindow
 from megasft.packing.plan import RowPlan
+from megasft.training.turn_weights import weight_scale
 
 
 class GlobalBatch(NamedTuple):
@@ -20,12 +22,15 @@ class GlobalBatch(NamedTuple):
         units: What the loss is divided by.
         labels: Label tokens.
         positions: Tokens, padding counted.
+        weight_scale: What the loss is multiplied by: units over the sum of their weights where
+            weights are normalized, else 1.
     """
 
     rows: tuple[int, ...]
     units: int
     labels: int
     positions: int
+    weight_scale: float = 1.0
 
 
 class GlobalBatches:
@@ -36,15 +41,22 @@ class GlobalBatches:
         seed: Seed of the run's order, as the dataset has it.
         objective: A name of ``OBJECTIVES``.
         window: The run's cost window; it changes which rows make a global batch.
+        normalizes: Weights of turns are normalized.
     """
 
     def __init__(
-        self, plan: RowPlan, *, seed: int, objective: str, window: CostWindow | None = None
+        self,
+        plan: RowPlan,
+        *,
+        seed: int,
+        objective: str,
+        window: CostWindow | None = None,
+        normalizes: bool = False,
     ) -> None:
         self.plan = plan
         self.order = plan.order(seed=seed, window=window)
-        per_row = {"turn": plan.turns, "sample": plan.labelled_samples, "token": plan.labels}
-        self.units_of_row = per_row[objective]
+        self.units_of_row = plan.units[objective]
+        self.weights_of_row = plan.unit_weights[objective] if normalizes else None
         self._last: tuple[tuple[int, int], GlobalBatch] | None = None
 
     def at(self, position: int, *, num_rows: int) -> GlobalBatch:
@@ -59,7 +71,10 @@ class GlobalBatches:
             rows = [self.order[k] for k in range(position, position + num_rows)]
             units, labels = (int(v[rows].sum()) for v in (self.units_of_row, self.plan.labels))
             positions = num_rows * self.plan.row_tokens
-            self._last = (key, GlobalBatch(tuple(rows), units, labels, positions))
+            scale = 1.0
+            if self.weights_of_row is not None:
+                scale = weight_scale(units, float(self.weights_of_row[rows].sum()))
+            self._last = (key, GlobalBatch(tuple(rows), units, labels, positions, scale))
         return self._last[1]
 
     def now(self, args: Any) -> GlobalBatch:

@@ -36,6 +36,7 @@ from megasft.training.optimizer_watch import OptimizerStep, watch
 from megasft.training.report_arguments import log_folder
 from megasft.training.saving import Keeper
 from megasft.training.spikes import Spikes
+from megasft.training.turn_weights import evaluation_scales
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Report:
         """
         sums, _ = self._sum_of_ranks("valid")
         table, slots = sums.tolist(), self._tables["valid"].sets
+        scales = evaluation_scales(self.args, [planned.plan for planned in self.valid])
         # Without a step, as when a finished run is started again, it is that of the checkpoint.
         step = int(self.args.iteration if self._last_step is None else self._last_step)
         if not self.args.megasft_no_audit:
@@ -120,10 +122,10 @@ class Report:
         if self._last_step is not None and step == self.args.train_iters:
             self.args.do_valid = False
         sets = {
-            name: self._losses(table, slots[n], self.names["valid"][n])
+            name: self._losses(table, slots[n], self.names["valid"][n], scales.each[n])
             for n, name in enumerate(self.valid_names)
         }
-        self.keeper.evaluated(step, loss_of_each(sets, objective=self.args.megasft_loss))
+        self.keeper.evaluated(step, loss_of_each(sets))
         if self._is_reported(step):
             return
         record = ValidationRecord(step, sets, time.time())
@@ -150,7 +152,7 @@ class Report:
         for name, planned, slots in zip(
             self.valid_names, self.valid, self._tables["valid"].sets, strict=True
         ):
-            found = dict(zip(COLUMNS, table[slots.whole], strict=True))
+            found = dict(zip(COLUMNS, table[slots.whole], strict=False))
             audit_evaluation(step=step, name=name, found=found, plan=planned.plan)
 
     def _stepped(self, optimizer: OptimizerStep) -> None:
@@ -169,7 +171,7 @@ class Report:
             step=self._last_step,
             num_steps=int(self.args.train_iters),
             epoch=(self.args.consumed_train_samples + len(batch.rows)) / self.plan.epoch_rows,
-            losses=self._losses(self._reduced.tolist(), slots, names),
+            losses=self._losses(self._reduced.tolist(), slots, names, batch.weight_scale),
             padding=1.0 - tokens / batch.positions,
             speed=self._speed(seconds, lengths, labels=batch.labels),
             grad_norm=optimizer.grad_norm,
@@ -213,9 +215,11 @@ class Report:
 
     def _table(self, which: str) -> Breakdown:
         if which not in self._tables:
+            stores = [self.store] if which == "train" else [p.store for p in self.valid]
             self._tables[which] = Breakdown(
                 [sorted(names) for names in self.names[which]],
                 objective=self.args.megasft_loss,
+                has_weights=any(store.has_weights for store in stores),
                 device=torch.device("cuda", torch.cuda.current_device()),
             )
         return self._tables[which]
@@ -237,10 +241,20 @@ class Report:
         return by_slot.view_as(table), samples
 
     def _losses(
-        self, table: Sequence[Sequence[float]], slots: Any, names: Mapping[int, str]
+        self,
+        table: Sequence[Sequence[float]],
+        slots: Any,
+        names: Mapping[int, str],
+        weight_scale: float,
     ) -> Losses | None:
-        objective, alpha = self.args.megasft_loss, self.args.megasft_dft_alpha
-        return losses_of(table, slots, objective=objective, dft_alpha=alpha, names=names)
+        return losses_of(
+            table,
+            slots,
+            objective=self.args.megasft_loss,
+            dft_alpha=self.args.megasft_dft_alpha,
+            names=names,
+            weight_scale=weight_scale,
+        )
 
     def _lengths(self, rows: Sequence[int]) -> Any:
         """Return the true lengths of the documents of these rows."""

@@ -12,7 +12,7 @@ no whole batch of its own. Each store keeps its own numbering of categories: the
 with those of another store.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,9 @@ from megasft.schema import SFTBatch
 class LossOfBatch(Protocol):
     """The run's loss, of whatever batch it is given."""
 
-    def __call__(self, losses: torch.Tensor, *, batch: SFTBatch) -> LossOutput:
+    def __call__(
+        self, losses: torch.Tensor, *, batch: SFTBatch, weight_scale: float = ...
+    ) -> LossOutput:
         """Weight and sum the losses of a share."""
         ...
 
@@ -71,7 +73,7 @@ def _name_and_path(value: str) -> tuple[str, str]:
 
 
 def loss_of_each_set(
-    loss: LossOfBatch, batch: SFTBatch, *, set_of_row: torch.Tensor, names: Sequence[str]
+    loss: LossOfBatch, batch: SFTBatch, *, set_of_row: torch.Tensor, sets: Mapping[str, float]
 ) -> Callable[[torch.Tensor], LossOutput]:
     """Return a loss function that also reports what the rows of each validation set lose.
 
@@ -79,8 +81,8 @@ def loss_of_each_set(
         loss: The run's loss.
         batch: One share of a validation micro-batch.
         set_of_row: int64 [rows]. Which set each row of the micro-batch is of; -1 for none.
-        names: Names of the sets. Every micro-batch reports all of them, also those it has no row
-            of, because ranks reduce name by name.
+        sets: The ``weight_scale`` of each set, by name. Every micro-batch reports all sets, also
+            those it has no row of, because ranks reduce name by name.
 
     Returns:
         What Megatron's schedule calls with the losses of the share.
@@ -92,8 +94,8 @@ def loss_of_each_set(
         # A row gives every rank equally many tokens, and rows keep their order in a share.
         row_tokens = len(batch.tokens) // len(set_of_row)
         set_of_token = set_of_row.to(batch.tokens.device).repeat_interleave(row_tokens)
-        for number, name in enumerate(names):
-            own = loss(losses, batch=_only(batch, set_of_token == number))
+        for number, (name, scale) in enumerate(sets.items()):
+            own = loss(losses, batch=_only(batch, set_of_token == number), weight_scale=scale)
             reported |= {f"{metric} {name}": pair for metric, pair in own.reported.items()}
         return output._replace(reported=reported)
 

@@ -58,18 +58,18 @@ def test_the_first_step_is_exact_on_every_layout(tmp_path: Path) -> None:
 
 
 def test_every_objective_is_exact(tmp_path: Path) -> None:
-    """Sample and token means, DFT and router losses, also of two rows in a micro-batch.
+    """Sample and token means, DFT, router losses and weights, also of two rows in a micro-batch.
 
     Of dense models on both see ``test_logged_losses.py``.
     """
     chosen = replace(
         EVERYTHING,
         families=("qwen2_moe",),
-        objectives=("sample", "token", "dft", "router"),
+        objectives=("sample", "token", "dft", "router", "normalized"),
         layouts=("CP 2", "DP 2"),
         max_ranks=2,
     )
     found = verdicts(tmp_path, chosen)
 
-    assert len({v.objective for v in found}) == 4
+    assert len({v.objective for v in found}) == 5
     assert {"CP 2 x EP 2", "DP 2 x EP 2, mbs 2, allgather"} < {v.layout for v in found}

@@ -12,6 +12,7 @@ from megasft.proof.float64 import widen
 from megasft.proof.oracle import Truth, first_step
 from megasft.proof.world import ADAM
 from megasft.schema import Sample
+from megasft.store import TokenStore
 from tests.stores import random_samples, write_store
 
 ROW_TOKENS, BATCH, SEED, VOCAB = 96, 8, 11, 256
@@ -41,14 +42,20 @@ class World(SimpleNamespace):
         convert(folder / "hf", folder / "megatron")
         self.model = widen(model)
 
-    def first_batch(self) -> list[Sample]:
-        plan = plan_rows(self.store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
+    def first_batch(self, store: TokenStore | None = None) -> list[Sample]:
+        store = store or self.store
+        plan = plan_rows(store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
         order = RowOrder(num_rows=len(plan), seed=SEED)
         rows = [plan.rows[order[k]] for k in range(BATCH)]
-        return [self.store.sample(int(i)) for row in rows for i in row]
+        return [store.sample(int(i)) for row in rows for i in row]
 
     def oracle(
-        self, objective: str, *, samples: Sequence[Sample] | None = None, dft_alpha: float = 0.0
+        self,
+        objective: str,
+        *,
+        samples: Sequence[Sample] | None = None,
+        dft_alpha: float = 0.0,
+        turn_weights: str = "use",
     ) -> Truth:
         """What the first step, or a pass over these samples, must give."""
         return first_step(
@@ -56,6 +63,7 @@ class World(SimpleNamespace):
             self.first_batch() if samples is None else samples,
             objective=objective,
             dft_alpha=dft_alpha,
+            turn_weights=turn_weights,
             adam=ADAM,
         )
 

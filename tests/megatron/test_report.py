@@ -21,7 +21,7 @@ from megasft.packing.order import RowOrder
 from megasft.packing.plan import plan_rows
 from megasft.report.record import LENGTH_NAMES, POSITION_NAMES
 from megasft.report.spikes import read_spikes
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, open_store
 from tests.megatron.conftest import BATCH, ROW_TOKENS, SEED, VOCAB, World
 from tests.megatron.runs import scalars, train
@@ -60,7 +60,7 @@ def conversations(num: int, *, seed: int) -> list[Sample]:
             records.append((at, size, category, n))
             at += size + int(rng.integers(1, 4))
         tokens = rng.integers(0, VOCAB, max(at, 6)).astype(np.int32)
-        samples.append(Sample(tokens, np.array(records, np.int32).reshape(-1, 4)))
+        samples.append(Sample(tokens, turn_records(records)))
     return samples
 
 
@@ -84,7 +84,7 @@ def labels_of(model: Any, one: Sample) -> list[Label]:
     turns, of_sample = one.turns.tolist(), int(one.turns[:, 1].sum())
     return [
         Label(losses[t - 1], size, of_sample, category, number)
-        for number, (start, size, category, _) in enumerate(turns, start=1)
+        for number, (start, size, category, *_) in enumerate(turns, start=1)
         for t in range(start, start + size)
     ]
 

@@ -8,13 +8,13 @@ import orjson
 import pytest
 
 from megasft.errors import StoreError
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, open_store, token_dtype
 
 SAMPLES = [
-    Sample(np.array([5, 6, 7], np.int32), np.array([[1, 2, 0, 1]], np.int32)),
-    Sample(np.array([8], np.int32), np.zeros((0, 4), np.int32)),
-    Sample(np.array([9, 3, 3, 9], np.int32), np.array([[1, 1, 2, 0], [3, 1, 2, 2]], np.int32)),
+    Sample(np.array([5, 6, 7], np.int32), turn_records([(1, 2, 0, 1)])),
+    Sample(np.array([8], np.int32), turn_records([])),
+    Sample(np.array([9, 3, 3, 9], np.int32), turn_records([(1, 1, 2, 0), (3, 1, 2, 2)])),
 ]
 SOURCES = [{"path": "a.jsonl", "kind": "jsonl"}, {"path": "b.json", "kind": "json list"}]
 
@@ -52,11 +52,11 @@ def test_several_samples_are_read_at_once_in_the_order_asked_for(
     assert read.turns[:, 0].tolist() == [1, 3, 1, 1, 3]
     assert read.num_turns.tolist() == [2, 1, 0, 2]
     none = store.samples(np.zeros(0, np.int64))
-    assert (len(none.tokens), none.turns.shape, len(none.num_turns)) == (0, (0, 4), 0)
+    assert (len(none.tokens), none.turns.shape, len(none.num_turns)) == (0, (0, 5), 0)
 
 
 def test_an_empty_store_and_its_borders_are_read(tmp_path: Path) -> None:
-    assert open_store(write(tmp_path / "store")).turns.offsets.tolist() == [0, 4, 4, 12]
+    assert open_store(write(tmp_path / "store")).turns.offsets.tolist() == [0, 5, 5, 15]
     with StoreWriter(tmp_path / "empty", vocab_size=100) as writer:
         writer.finish({"sources": SOURCES})
     empty = open_store(tmp_path / "empty")
@@ -87,7 +87,7 @@ def test_the_fingerprint_sees_where_one_sample_ends(tmp_path: Path) -> None:
     for name, lengths in (("a", (1, 2)), ("b", (2, 1))):
         with StoreWriter(tmp_path / name, vocab_size=100) as writer:
             for n in lengths:
-                sample = Sample(np.zeros(n, np.int32), np.zeros((0, 4), np.int32))
+                sample = Sample(np.zeros(n, np.int32), turn_records([]))
                 writer.add(sample, source=0, line=1)
             writer.finish({"sources": SOURCES})
         prints.add(open_store(tmp_path / name).fingerprint)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megasft.errors import StoreError
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, open_store
 from megasft.store_group import open_stores, population_of
 
@@ -27,7 +27,7 @@ def write(
         for i, turns in enumerate(categories):
             tokens = np.full(2 + 2 * len(turns), i + 1, np.int32)
             records = [(1 + 2 * n, 1, category, n) for n, category in enumerate(turns)]
-            sample = Sample(tokens, np.array(records, np.int32).reshape(-1, 4))
+            sample = Sample(tokens, turn_records(records))
             writer.add(sample, source=i % len(files), line=10 + i)
         meta: dict[str, Any] = {
             "tokenizer": {"sha256": "t", "chat_template_sha256": "c"} | (tokenizer or {}),

@@ -83,8 +83,8 @@ def _block(store: TokenStore, first: int, last: int) -> Block:
     begin, end = file.offsets[first], file.offsets[last]
     offsets = file.offsets[first : last + 1] - begin
     turn_offsets = store.turns.offsets[first : last + 1]
-    flat = np.asarray(store.turns.values[turn_offsets[0] : turn_offsets[-1]], np.int64)
-    records = flat.reshape(-1, _WIDTH)
+    turns = store.turns.views(np.arange(first, last))
+    records = np.concatenate(turns).astype(np.int64).reshape(-1, _WIDTH)
     sample = np.repeat(np.arange(last - first), np.diff(turn_offsets) // _WIDTH)
     starts = offsets[sample] + records[:, TURN_FIELDS.index("start")]
     ends = starts + records[:, TURN_FIELDS.index("num_tokens")]

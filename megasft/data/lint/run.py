@@ -234,7 +234,7 @@ def _lint(subject: Subject, options: LintOptions, name: str, why_no_tokenizer: s
     )
     counts = {
         "samples": len(subject.store),
-        "turns": len(subject.store.turns.values) // len(TURN_FIELDS),
+        "turns": int(subject.store.turns.offsets[-1]) // len(TURN_FIELDS),
         "tokens": int(subject.store.tokens.lengths.sum(dtype=np.int64)),
         "sampled": len(indices) if subject.vocabulary.hf is not None else 0,
     }

@@ -187,4 +187,4 @@ def _longer_than(lengths: npt.NDArray[np.integer[Any]], limit: int) -> Hits:
 
 
 def _num_turns(subject: Subject) -> int:
-    return len(subject.store.turns.values) // len(TURN_FIELDS)
+    return int(subject.store.turns.offsets[-1]) // len(TURN_FIELDS)

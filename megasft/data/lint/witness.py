@@ -164,7 +164,7 @@ def _prompt(
     tokens: list[int],
     turn: list[int],
 ) -> Prompt:
-    start, num_tokens, _, index = turn
+    start, num_tokens, _, index, _ = turn
     answer = transformers.decode(tokens[start : start + num_tokens])
     messages = [message.as_dict(message.content) for message in conversation.messages]
     if index == 0 or index >= len(messages) or messages[index]["role"] != "assistant":

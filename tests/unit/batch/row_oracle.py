@@ -1,5 +1,6 @@
 """A micro-batch token by token, as one would fill it in by hand; slow on purpose."""
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **dict.fromkeys(("tokens", "labels", "position_ids"), np.dtype(np.int64)),
     **dict.fromkeys(("turn_tokens", "sample_tokens"), np.dtype(np.int32)),
     **dict.fromkeys(("category_ids", "turn_numbers"), np.dtype(np.int32)),
+    "turn_weights": np.dtype(np.float32),
     **dict.fromkeys(("ends_turn", "ends_sample"), np.dtype(np.bool_)),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_unpadded"), np.dtype(np.int32)),
 }
@@ -51,15 +53,21 @@ def _document(columns: dict[str, list[Any]], sample: Sample | None, size: int, p
     for t in range(size):
         facts = {name: 0 for name in PER_TOKEN_FIELDS}
         facts |= {"tokens": tokens[t] if t < len(tokens) else pad, "position_ids": t}
-        for number, (start, num_tokens, category, _) in enumerate(turns, start=1):
+        for number, (start, num_tokens, category, _, weight) in enumerate(turns, start=1):
             if start <= t + 1 < start + num_tokens:
                 is_last = t + 2 == start + num_tokens
                 facts |= {"labels": tokens[t + 1], "turn_tokens": num_tokens}
                 facts |= {"sample_tokens": of_sample, "category_ids": category}
-                facts |= {"turn_numbers": number}
+                facts |= {"turn_numbers": number, "turn_weights": float_of(weight)}
                 facts |= {"ends_turn": is_last, "ends_sample": is_last and start == turns[-1][0]}
         for name, value in facts.items():
             columns[name].append(value)
+
+
+def float_of(bits: int) -> float:
+    """Return the float32 of these bits."""
+    (value,) = struct.unpack("<f", struct.pack("<i", bits))
+    return float(value)
 
 
 def _mine(borders: Sequence[int], shape: RowShape) -> list[int]:

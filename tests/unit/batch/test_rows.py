@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasft.batch.dataset import PackedRows, RowShape
-from megasft.schema import Sample, SFTBatch
+from megasft.schema import Sample, SFTBatch, turn_records
 from megasft.store import StoreWriter, TokenStore
 from megasft.store_group import open_stores
 from tests.unit.batch.row_oracle import DTYPES, micro_batch
@@ -30,7 +30,7 @@ def random_sample(rng: np.random.Generator, *, vocab_size: int, longest: int) ->
         if rng.random() < 0.7
     ]
     tokens = rng.integers(0, vocab_size, size).astype(np.int32)
-    return Sample(tokens, np.array(turns, np.int32).reshape(-1, 4))
+    return Sample(tokens, turn_records(turns, rng.uniform(0.1, 9, len(turns))))
 
 
 def write(path: Path, samples: Sequence[Sample], *, vocab_size: int, names: str) -> Path:
@@ -114,7 +114,7 @@ def test_a_micro_batch_is_what_its_samples_say_token_by_token(
 
 
 def test_a_micro_batch_of_padding_alone_holds_nothing_to_train(tmp_path: Path) -> None:
-    made = [Sample(np.array([3, 4], np.int32), np.array([[1, 1, 2, 0]], np.int32))]
+    made = [Sample(np.array([3, 4], np.int32), turn_records([(1, 1, 2, 0)]))]
     store = open_stores([write(tmp_path / "store", made, vocab_size=100, names="ab")])
     shape = RowShape(row_tokens=8, align_tokens=2, pad_token=9)
     rows = PackedRows(store, [np.array([0])], [None, 0], length=2, shape=shape)

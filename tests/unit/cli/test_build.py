@@ -49,6 +49,24 @@ def test_a_bad_line_ends_in_its_place_and_a_count(
     assert open_store(tmp_path / "store").meta["counts"]["rejected"] == {reason: 1}
 
 
+def test_build_inspect_and_trace_show_weights_where_there_are_some(
+    tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
+) -> None:
+    def shown(name: str, *lines: str) -> list[str]:
+        path, store = tmp_path / f"{name}.jsonl", tmp_path / name
+        path.write_text("\n".join(lines))
+        built = megasft("build", "-i", path, "--tokenizer", tokenizer_dir, "-o", store)
+        seen = [built, megasft("inspect", store), megasft("trace", store, "--sample", 0)]
+        assert [one.code for one in seen] == [0, 0, 0]
+        return [one.out for one in seen]
+
+    built, inspected, traced = shown("some", GOOD.replace('"Yo"', '"Yo", "weight": 0.25'), GOOD)
+    line = "1 turns have a weight other than 1; weights go from 0.25 to 1"
+    assert f"  {line}\n" in built and f"  weights     {line}\n" in inspected
+    assert "message 1, weight 0.25\n" in traced
+    assert not [out for out in shown("none", GOOD, GOOD) if "weight" in out]
+
+
 def test_an_empty_file_ends_in_its_name_and_a_count(
     tmp_path: Path, tokenizer_dir: Path, megasft: Megasft
 ) -> None:
@@ -124,7 +142,7 @@ def test_a_folder_with_named_fields_last_turns_and_a_category_field_builds(
     seen = megasft("build", "-i", tmp_path / "in", *arguments, "-o", tmp_path / "s")
     assert seen.code == 0
     store = open_store(tmp_path / "s")
-    assert [store.sample(i).turns[:, 2:].tolist() for i in range(2)] == [[[1, 3]], [[2, 1]]]
+    assert [store.sample(i).turns[:, 2:4].tolist() for i in range(2)] == [[[1, 3]], [[2, 1]]]
     assert store.meta["categories"] == {"1": "chat", "2": "pair"}
 
 

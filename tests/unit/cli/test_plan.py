@@ -50,6 +50,7 @@ def training_log(store: Path, caplog: pytest.LogCaptureFixture, **changes: Any) 
         "megasft_cost_window": 0,
         "megasft_no_balance": False,
         "megasft_plan_cache": None,
+        "megasft_turn_weights": "use",
         "context_parallel_size": 1,
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,

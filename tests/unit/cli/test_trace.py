@@ -51,7 +51,7 @@ def test_a_sample_is_shown_with_its_source_line_turns_and_trained_text(
     assert seen.out.startswith(f"{place}\n")
     turns = open_store(store).sample(0).turns.tolist()
     assert len(turns) == 2
-    for number, (start, num, _, message) in enumerate(turns):
+    for number, (start, num, _, message, _) in enumerate(turns):
         line = f"tokens {start} to {start + num - 1} trained ({num} labels), message {message}"
         assert re.search(rf"turn {number} +{re.escape(line)}", seen.out)
     assert "category    (none)" in seen.out

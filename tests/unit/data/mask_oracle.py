@@ -125,7 +125,7 @@ def _built(outcome: Any) -> Built:
     if not isinstance(outcome, Made):
         return Built([], [], 0, getattr(outcome, "reason", "dropped"))
     tokens, turns = outcome.sample
-    rows = [(start, length, message) for start, length, _, message in turns.tolist()]
+    rows = [(start, length, message) for start, length, _, message, _ in turns.tolist()]
     return Built(tokens.tolist(), rows, outcome.num_border_tokens)
 
 
@@ -144,7 +144,7 @@ def build_by_command(records: list[Record], tokenizer_folder: Path, *flags: str)
     made = open_store(store)
     for index in range(len(made)):
         tokens, turns = made.sample(index)
-        rows = [(start, length, message) for start, length, _, message in turns.tolist()]
+        rows = [(start, length, message) for start, length, _, message, _ in turns.tolist()]
         built[int(made.lineage[index, 1])] = Built(tokens.tolist(), rows, 0)
     return [built[line] for line in range(1, len(records) + 1)]
 

@@ -110,7 +110,7 @@ def test_category_of_meta_is_read_and_an_empty_name_is_none() -> None:
         ("wrong type", {"instruction": "a", "output": "b", "history": 5}),
         ("record too long", b" " * (16 * 2**20 + 1)),
         ("bad labels", {"messages": [USER, ASSISTANT], "labels": [1]}),
-        ("bad labels", {"messages": [USER, ASSISTANT], "labels": [0, 2]}),
+        ("bad labels", {"messages": [USER, ASSISTANT], "labels": [0, -1]}),
         ("bad labels", {"messages": [USER, {**ASSISTANT, "loss": 1}], "labels": [0, 1]}),
         ("bad labels", {"messages": [USER, {**ASSISTANT, "loss": 1, "label": 1}]}),
         ("bad category", {"messages": [USER, ASSISTANT], "meta": {"category_id": -1}}),

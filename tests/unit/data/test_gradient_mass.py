@@ -1,5 +1,7 @@
 from collections import defaultdict
+from collections.abc import Iterable
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,19 @@ from megasft.data.gradient_mass import (
     mass_by_sample_length,
     mass_by_turn_length,
 )
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, open_store
 
 Turn = tuple[int, int, int]  # start, labels, category
 
 
-def made(path: Path, *samples: tuple[int, list[Turn]]) -> TokenStore:
+def made(
+    path: Path, *samples: tuple[int, list[Turn]], weights: Iterable[list[float] | None] = ()
+) -> TokenStore:
     """A store of samples given as their length and turns."""
     with StoreWriter(path, vocab_size=100) as writer:
-        for length, turns in samples:
-            records = np.array([(*t, 0) for t in turns], np.int32).reshape(-1, 4)
+        for (length, turns), own in zip_longest(samples, weights):
+            records = turn_records([(*t, 0) for t in turns], own)
             writer.add(Sample(np.ones(length, np.int32), records), source=0, line=1)
         writer.finish({"categories": {"1": "math", "2": "chat"}, "counts": {}, "sources": []})
     return open_store(path)
@@ -83,6 +87,19 @@ def test_shares_equal_a_sum_label_by_label_and_add_up_to_exactly_one(tmp_path: P
     for table in (rows, mass_by_sample_length(store), mass_by_turn_length(store)):
         for weighting in WEIGHTINGS:
             assert sum(getattr(r.shares, weighting) for r in table) == 1
+
+
+def test_a_turn_of_half_the_weight_has_half_its_share(tmp_path: Path) -> None:
+    store = made(
+        tmp_path / "store",
+        *((8, [(2, 6, 1)]), (8, [(1, 1, 2), (4, 2, 2)])),
+        weights=([1.5], [3.0, 0.75]),
+    )
+    # token: 9 | 3 + 1.5; sample: 1.5 | 1 + 0.5; turn: 1.5 | 3 + 0.75
+    assert mass_by_category(store) == [
+        MassRow("math", 1, 6, Mass(Fraction(2, 3), Fraction(1, 2), Fraction(2, 7))),
+        MassRow("chat", 2, 3, Mass(Fraction(1, 3), Fraction(1, 2), Fraction(5, 7))),
+    ]
 
 
 def test_a_store_in_which_nothing_is_trained_has_no_shares(tmp_path: Path) -> None:

@@ -278,6 +278,17 @@ def test_a_message_that_had_no_label_has_none_after_joining() -> None:
     assert [m.get("label") for m in made["messages"]] == [None, None, None, None, 0, None, None]
 
 
+def test_weights_stay_what_they_are_through_joining() -> None:
+    listed, inline = record(1, labels=[0, 0.25]), record(2)
+    inline["messages"][-1]["weight"] = 3.5
+    for parts in ([listed, inline], [listed, record(2)], [record(1), inline]):
+        (made,) = joined(*parts)
+        read = parse(orjson.dumps(made), FieldMap())
+        alone = [parse(orjson.dumps(part), FieldMap()) for part in parts]
+        wanted = [(m.trained, m.weight) for one in alone for m in one.messages if m.trained]
+        assert [(m.trained, m.weight) for m in read.messages if m.trained] == wanted
+
+
 SYSTEM_A = record(1, system="a")
 
 

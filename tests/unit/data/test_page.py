@@ -21,7 +21,7 @@ from megasft.data.build import BuildOptions, build
 from megasft.data.page import page
 from megasft.data.tokenize import Recipe
 from megasft.data.too_long import Limit
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, open_store
 
 EVIL = "</script></div><b>bold</b>&amp;<script>console.error('ran')</script>"
@@ -190,7 +190,7 @@ def test_samples_without_turns_or_category_and_a_single_sample_have_a_page(
     }
     with StoreWriter(tmp_path / "store", vocab_size=512) as writer:
         tokens = np.array([*tokenizer.encode("Hello there"), 2], np.int32)
-        writer.add(Sample(tokens, np.zeros((0, 4), np.int32)), source=0, line=1)
+        writer.add(Sample(tokens, turn_records([])), source=0, line=1)
         writer.finish(meta)
     html = page(open_store(tmp_path / "store"), tokenizer)
     assert html.count("Nothing is trained in this store.") == 3

@@ -144,16 +144,6 @@ def test_an_answer_of_weight_0_is_no_turn_and_not_counted(
     assert trained(as_messages(turns)) == ["Sorry: it is Lima.<|im_end|>"]
 
 
-@pytest.mark.parametrize("weight", [0.5, -1, 2, "0", [1], float("nan")])
-def test_another_weight_is_refused_with_a_remedy(weight: Any) -> None:
-    import json
-
-    record = as_messages([("Hi", "Yo", {"weight": weight})])
-    error = refusal(json.dumps(record).encode())
-    assert error.reason == "bad labels"
-    assert error.detail.endswith("write 0 or 1")
-
-
 def test_an_ambiguous_mask_is_reported_as_unread(calls_dir: Path, tmp_path: Path) -> None:
     tally = _build(tmp_path, calls_dir, as_messages([("Hi", "Yo", {"mask": 0})]))
     assert [(k.place, k.key) for k in tally.unread] == [("message", "mask")]

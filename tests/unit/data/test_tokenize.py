@@ -41,7 +41,7 @@ def test_turns_hold_exactly_the_ids_of_the_answer_and_its_stop(tokenizer_dir: Pa
     header = hf.encode("<|im_start|>assistant\n")
     assert before == [header[-3:]] * 2
     assert header[0] == IM_START
-    assert turns[:, 2:].tolist() == [[0, 1], [0, 3]]
+    assert turns[:, 2:4].tolist() == [[0, 1], [0, 3]]
     assert made.stop_ids == (IM_END, IM_END)
 
 
@@ -80,7 +80,7 @@ def test_special_tokens_in_the_text_are_rejected_unless_kept(tokenizer_dir: Path
     assert outcome.reason == "special token in the text"
     kept = make_one(tokenizer_dir, record, special_tokens_in_text="keep")
     assert isinstance(kept, Made)
-    ((start, num_tokens, _, _),) = kept.sample.turns.tolist()
+    ((start, num_tokens, *_),) = kept.sample.turns.tolist()
     trained = kept.sample.tokens[start : start + num_tokens].tolist()
     assert trained.count(IM_END) == 2  # the author's and the template's
 
@@ -103,7 +103,7 @@ def test_glued_headers_are_counted_not_trained(tmp_path: Path, trim_offsets: boo
     made = make_one(folder, record)
     assert isinstance(made, Made)
     hf = AutoTokenizer.from_pretrained(tmp_path)
-    ((start, num_tokens, _, _),) = made.sample.turns.tolist()
+    ((start, num_tokens, *_),) = made.sample.turns.tolist()
     assert hf.decode(made.sample.tokens[start : start + num_tokens]) == " answer"
     assert made.num_border_tokens == 1
     assert made.stop_ids == ()
@@ -116,7 +116,7 @@ def test_an_answer_at_the_very_start_gives_up_its_first_token(tmp_path: Path) ->
     made = make_one(folder, record)
     assert isinstance(made, Made)
     length = len(made.sample.tokens)
-    assert made.sample.turns.tolist() == [[1, length - 1, 0, 0]]
+    assert made.sample.turns[:, :4].tolist() == [[1, length - 1, 0, 0]]
     record = {"messages": [{"role": "assistant", "content": ""}]}
     outcome = make_one(folder, record)
     assert isinstance(outcome, Rejected)

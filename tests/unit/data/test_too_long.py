@@ -2,12 +2,10 @@ import numpy as np
 import pytest
 
 from megasft.data.too_long import Limit, shorten
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 
 # tokens 0..11; turns at [2, 5) and [8, 11)
-SAMPLE = Sample(
-    np.arange(12, dtype=np.int32), np.array([[2, 3, 0, 1], [8, 3, 0, 3]], dtype=np.int32)
-)
+SAMPLE = Sample(np.arange(12, dtype=np.int32), turn_records([(2, 3, 0, 1), (8, 3, 0, 3)]))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_only_a_longer_sample_is_too_long() -> None:
 def test_a_prompt_and_an_answer_have_limits_of_their_own(
     policy: str, limits: dict[str, int], kept: list[int] | None, size: int
 ) -> None:
-    turns = np.array([(3, 2, 0, 1), (8, 4, 0, 3), (14, 1, 0, 5)], np.int32)
+    turns = turn_records([(3, 2, 0, 1), (8, 4, 0, 3), (14, 1, 0, 5)])
     sample, limit = Sample(np.arange(16, dtype=np.int32), turns), Limit(policy=policy, **limits)
     assert limit.exceeded_by(sample) == (kept is not None)
     if kept is None:

@@ -9,7 +9,7 @@ from megasft.batch.assemble import Columns, assemble
 from megasft.batch.context_parallel import shard
 from megasft.loss.breakdown import COLUMNS, LAST_POSITION, LENGTH_EDGES, Breakdown, Span
 from megasft.loss.objectives import OBJECTIVES
-from megasft.schema import Sample, SFTBatch
+from megasft.schema import Sample, SFTBatch, turn_records
 
 ALIGN = 16
 
@@ -24,7 +24,7 @@ def conversation(*turns: tuple[int, int], gap: int = 2) -> Sample:
     for n, (size, category) in enumerate(turns):
         records.append((at, size, category, n))
         at += size + gap
-    return Sample(np.arange(at, dtype=np.int32), np.array(records, np.int32).reshape(-1, 4))
+    return Sample(np.arange(at, dtype=np.int32), turn_records(records))
 
 
 def row_of(*samples: Sample, row_tokens: int) -> Columns:

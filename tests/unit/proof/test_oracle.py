@@ -10,6 +10,7 @@ from megasft.proof import families
 from megasft.proof.float64 import strict_float64, widen
 from megasft.proof.oracle import Adam, adam_step, mean_loss, saved_names
 from megasft.proof.samples import sample
+from megasft.schema import turn_records
 
 TALK = sample([3, 1, 4, 1, 5, 9, 2, 6], (2, 1), (4, 3))
 SHORT = sample([7, 7, 8], (1, 2))
@@ -42,6 +43,28 @@ def test_each_mean_is_its_definition(model: Any) -> None:
         found = mean_loss(model, [TALK, SHORT, SILENT], objective=objective)
         assert found[1] == units
         assert float(found[0].detach()) == pytest.approx(float(loss.detach()), rel=1e-12)
+
+
+def test_weights_multiply_turns_and_divide_by_their_sum_where_normalized(model: Any) -> None:
+    heavy = TALK._replace(turns=turn_records(TALK.turns[:, :4].tolist(), [0.5, 3.0]))
+    talk, short = (label_losses(model, one.tokens.tolist()).detach() for one in (heavy, SHORT))
+    turns = [0.5 * talk[1:2], 3 * talk[3:6], short[0:2]]
+    # One label of weight 0.5 and three of 3 in the first sample, two of 1 in the other.
+    sums = {
+        "turn": (sum(t.mean() for t in turns), 3, 4.5),
+        "sample": (torch.cat(turns[:2]).mean() + turns[2].mean(), 2, 9.5 / 4 + 1),
+        "token": (torch.cat(turns).sum(), 6, 11.5),
+    }
+    for objective, (total, units, weight) in sums.items():
+        for what, divisor in (("use", units), ("normalize", weight)):
+            found = mean_loss(model, [heavy, SHORT], objective=objective, turn_weights=what)
+            assert found[1] == units
+            assert float(found[0].detach()) == pytest.approx(float(total) / divisor, rel=1e-12)
+        plain, ignored = (
+            mean_loss(model, [one, SHORT], objective=objective, turn_weights="ignore")[0]
+            for one in (TALK, heavy)
+        )
+        assert torch.equal(plain, ignored)
 
 
 def test_dft_weighs_by_a_probability_without_gradient(model: Any) -> None:

@@ -14,6 +14,7 @@ LOSSES = Losses(
     labels=1200,
     turns=40,
     samples=30,
+    divisor=40.0,
     categories={
         "maths": Means(loss=1.0, turn_loss=0.75, p_correct=0.5, labels=800, turns=30),
         "stem_zh/phy": Means(loss=2.5, turn_loss=2.0, p_correct=0.25, labels=400, turns=10),

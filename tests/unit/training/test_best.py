@@ -146,14 +146,12 @@ def test_a_run_that_saves_on_no_interval_still_saves_its_best(tmp_path: Path) ->
 
 
 def test_all_stores_together_are_averaged_by_what_the_loss_is_the_mean_of() -> None:
-    few = SimpleNamespace(loss=1.0, turns=1, samples=1, labels=30)
-    many = SimpleNamespace(loss=2.0, turns=3, samples=1, labels=10)
+    few, many = SimpleNamespace(loss=1.0, divisor=1.0), SimpleNamespace(loss=2.0, divisor=3.0)
     sets: Any = {"few": few, "many": many, "none": None}
-    by = {name: best.loss_of_each(sets, objective=name) for name in ("turn", "sample", "token")}
-    assert [by[name]["all"] for name in by] == [1.75, 1.5, 1.25]
-    assert by["turn"]["few"] == 1.0
-    assert math.isnan(by["turn"]["none"])
-    assert math.isnan(best.loss_of_each({"none": None}, objective="turn")["all"])
+    each = best.loss_of_each(sets)
+    assert (each["few"], each["many"], each["all"]) == (1.0, 2.0, 1.75)
+    assert math.isnan(each["none"])
+    assert math.isnan(best.loss_of_each({"none": None})["all"])
 
 
 @pytest.mark.parametrize(

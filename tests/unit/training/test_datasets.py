@@ -21,6 +21,7 @@ def flags(store: Path, **changes: Any) -> SimpleNamespace:
         "megasft_cost_window": 0,
         "megasft_no_balance": True,
         "megasft_plan_cache": None,
+        "megasft_turn_weights": "use",
         "context_parallel_size": 1,
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,

@@ -9,9 +9,11 @@ from megasft.errors import FlagError
 from megasft.loss.loss_func import sft_loss
 from megasft.loss.objectives import OBJECTIVES
 from megasft.packing.plan import plan_rows
+from megasft.proof.samples import weighted
 from megasft.schema import SFTBatch
 from megasft.training.validation import loss_of_each_set, named_stores, reported_names
 from tests.stores import random_samples, sample, write_store
+from tests.unit.batch.row_oracle import float_of
 
 
 def test_stores_are_called_what_they_are_given_or_their_folder_is(
@@ -58,9 +60,11 @@ def test_each_set_has_the_loss_it_has_alone_and_all_rows_are_seen_once(
 ) -> None:
     """Sets of 1 row and of several, in micro-batches of 3 rows that mix them, losses nan in gaps.
 
-    A label's loss is made of its token, so it is the same wherever its row lies.
+    A label's loss is made of its token, so it is the same wherever its row lies. Turns have
+    weights, normalized by a factor of each set.
     """
     made = [[sample([5, 6, 7], (1, 2))], random_samples(40, seed=3), random_samples(9, seed=4)]
+    made[1:] = [weighted(samples, seed=5) for samples in made[1:]]
     stores = [write_store(tmp_path / str(n), samples) for n, samples in enumerate(made)]
     plans = [plan_rows(store, row_tokens=64, align_tokens=4, seed=0) for store in stores]
     num_rows = [len(plan) for plan in plans]
@@ -69,7 +73,7 @@ def test_each_set_has_the_loss_it_has_alone_and_all_rows_are_seen_once(
     period = -(-sum(num_rows) // 3) * 3
     order = WholeSet(num_rows=sum(num_rows), period=period)
     sets = [RowsOfStore(s, p.rows, len(p)) for s, p in zip(stores, plans, strict=True)]
-    names = ("one", "many", "few")
+    names = {"one": 1.0, "many": 0.5, "few": 3.0}
     loss = partial(sft_loss, objective=objective)
 
     seen, sums = [], {name: torch.zeros(2) for name in ("", *names)}
@@ -82,7 +86,7 @@ def test_each_set_has_the_loss_it_has_alone_and_all_rows_are_seen_once(
             seen += set_of_row.tolist()
             batch = SFTBatch(**fields)
             losses = torch.where(batch.turn_tokens > 0, batch.labels / 7, torch.nan)
-            each = loss_of_each_set(loss, batch, set_of_row=set_of_row, names=names)
+            each = loss_of_each_set(loss, batch, set_of_row=set_of_row, sets=names)
             output = each(losses)
             whole = loss(losses, batch=batch)
             assert torch.equal(output.loss_sum, whole.loss_sum)
@@ -95,12 +99,15 @@ def test_each_set_has_the_loss_it_has_alone_and_all_rows_are_seen_once(
         alone = torch.zeros(2)
         for one in samples:
             turns = [
-                [one.tokens[t] / 7 for t in range(s, s + n)] for s, n, _, _ in one.turns.tolist()
+                [float_of(bits) * one.tokens[t] / 7 for t in range(s, s + n)]
+                for s, n, _, _, bits in one.turns.tolist()
             ]
             labels = [x for turn in turns for x in turn]
             units = {"turn": turns, "sample": [labels], "token": [[x] for x in labels]}
             means = [sum(unit) / len(unit) for unit in units[objective]]
             alone += torch.tensor([sum(means), len(means)])
-        assert sums[name].tolist() == pytest.approx(alone.tolist(), rel=1e-5)
+        scaled = [names[name] * float(alone[0]), float(alone[1])]
+        assert sums[name].tolist() == pytest.approx(scaled, rel=1e-5)
+        sums[name][0] /= names[name]
     together = sum((sums[name] for name in names), torch.zeros(2))
     assert sums[""].tolist() == pytest.approx(together.tolist(), rel=1e-6)

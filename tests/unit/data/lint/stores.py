@@ -10,7 +10,7 @@ from megasft.data.build import BuildOptions, build
 from megasft.data.lint.finding import Finding, Report
 from megasft.data.lint.run import LintOptions, lint_files, lint_store
 from megasft.data.tokenize import Recipe
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, open_store
 
 PAD, START, STOP = 0, 1, 2
@@ -30,7 +30,7 @@ def made(path: Path, *samples: Given, vocab_size: int = 512, **meta: Any) -> Tok
     }
     with StoreWriter(path, vocab_size=vocab_size) as writer:
         for line, (tokens, turns) in enumerate(samples, start=1):
-            records = np.array([(*turn, 0, 1) for turn in turns], np.int32).reshape(-1, 4)
+            records = turn_records([(*turn, 0, 1) for turn in turns])
             writer.add(Sample(np.array(tokens, np.int32), records), source=0, line=line)
         writer.finish(facts | meta)
     return open_store(path)
@@ -72,14 +72,12 @@ def built(folder: Path, tokenizer: Path, *records: Any) -> TokenStore:
     return open_store(folder / "store")
 
 
-def rewritten(
-    store: TokenStore, folder: Path, *, turns: list[list[tuple[int, int, int, int]]]
-) -> TokenStore:
+def rewritten(store: TokenStore, folder: Path, *, turns: list[list[list[int]]]) -> TokenStore:
     """The same store with other turn records, as a wrong program would have written them."""
     with StoreWriter(folder, vocab_size=store.meta["vocab_size"]) as writer:
         for index, records in enumerate(turns):
             source, line = (int(x) for x in store.lineage[index])
-            sample = Sample(store.sample(index).tokens, np.array(records, np.int32).reshape(-1, 4))
+            sample = Sample(store.sample(index).tokens, np.array(records, np.int32).reshape(-1, 5))
             writer.add(sample, source=source, line=line)
         writer.finish({k: v for k, v in store.meta.items() if k != "fingerprint"})
     return open_store(folder)

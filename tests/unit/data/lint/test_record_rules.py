@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from megasft.data.conversation import Category, Conversation, make_messages
 from megasft.data.lint.rules import RULES, OnRecord
 from megasft.data.lint.witness import Transformers, UncheckableError, Witness, witness
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from tests.tiny_tokenizer import CHATML, make_tokenizer
 
 from .stores import lint, rewritten
@@ -77,7 +77,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Any:
             records.append((start, num, 0, message))
         import numpy as np
 
-        sample = Sample(np.array(tokens, np.int32), np.array(records, np.int32).reshape(-1, 4))
+        sample = Sample(np.array(tokens, np.int32), turn_records(records))
         return witness(transformers, conversation, sample)
 
     return look
