@@ -31,7 +31,7 @@ from torch.utils.data import default_collate
 from megasft.batch.context_parallel import shard
 from megasft.batch.dataset import PackedRows, RowShape, SamplesOfRow
 from megasft.packing.plan import plan_rows
-from megasft.schema import Sample
+from megasft.schema import Sample, turn_records
 from megasft.store import StoreWriter, TokenStore, token_dtype
 from megasft.store_group import open_stores
 
@@ -181,7 +181,7 @@ def made(path: Path, case: Case, *, num_samples: int, seed: int) -> Path:
             tokens = rng.integers(0, VOCAB, length, dtype=np.int32)
             edges = np.linspace(1, length, 2 * (1 + i % 4) + 1).astype(np.int32)
             turns = [(a, b - a, 1 + i % 3, n) for n, (a, b) in enumerate(pairwise(edges.tolist()))]
-            writer.add(Sample(tokens, np.array(turns[1::2], np.int32)), source=0, line=i + 1)
+            writer.add(Sample(tokens, turn_records(turns[1::2])), source=0, line=i + 1)
         names = {str(n): f"{path.name} {n}" for n in (1, 2, 3)}
         writer.finish({"counts": {}, "special_tokens": {}, "categories": names,
                        "sources": [{"path": "made"}]})  # fmt: skip

@@ -28,7 +28,7 @@ import torch
 
 from megasft import pretrain_sft
 from megasft.loss.loss_func import LossOutput
-from megasft.schema import Sample, SFTBatch
+from megasft.schema import Sample, SFTBatch, turn_records
 from megasft.store import StoreWriter
 
 VOCAB: Final = 2048
@@ -78,7 +78,7 @@ def make_store(path: Path) -> Path:
             records = [
                 (n * turn + 16, turn - 16, 1 + (i + n) % CATEGORIES, n) for n in range(TURNS)
             ]
-            writer.add(Sample(tokens, np.array(records, np.int32)), source=0, line=i + 1)
+            writer.add(Sample(tokens, turn_records(records)), source=0, line=i + 1)
         names = {str(i): f"category {i}" for i in range(1, CATEGORIES + 1)}
         meta = {"counts": {}, "categories": names, "sources": [{"path": "made"}]}
         writer.finish({**meta, "special_tokens": {"pad": 0}})
