@@ -14,7 +14,7 @@ check: venv ## format, lint, types, layers, file sizes and the fast tests (under
 test: venv ## all tests, the real Megatron on CPUs included (under 20 minutes)
 	@tools/test
 
-test-all: test ## all tests, then the whole proof into build/proof.md (some 20 minutes more)
+test-all: test ## all tests, then the whole proof into build/proof.md (14 minutes more on 2 cores)
 	@mkdir -p build
 	@.venv/bin/megasft prove --max-ranks 8 --report build/proof.md
 

@@ -96,25 +96,39 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        if func in _REWRITTEN:
+            return self._rewritten(func, args, kwargs or {})
+        if not kwargs:
+            return func(*args)
+        if "device" in kwargs:
+            device = kwargs["device"]
+            is_index = isinstance(device, int) and not isinstance(device, bool)
+            kwargs = kwargs | {"device": "cpu" if is_index else _on_cpu(device)}
+        return func(*args, **kwargs)
+
+    def _rewritten(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # clip_grads asserts this very name.
             name = func(args[0])
             return name.replace("torch.", "torch.cuda.", 1) if "cuda" not in name else name
-        if "device" in kwargs:
-            device = kwargs["device"]
-            is_index = isinstance(device, int) and not isinstance(device, bool)
-            kwargs["device"] = "cpu" if is_index else _on_cpu(device)
-        if func is torch.Tensor.to:
-            args = (args[0], *(_on_cpu(a) for a in args[1:]))
         if func is torch.autograd.backward:
             # A mode is off while it handles a call, but this call runs more of Megatron's code:
             # activation recomputation inside a backward pass.
             with self:
                 return _backward(*args, **kwargs)
-        return func(*args, **kwargs)
+        args = (args[0], *map(_on_cpu, args[1:]))
+        return func(*args, **{name: _on_cpu(value) for name, value in kwargs.items()})
+
+
+_REWRITTEN: Final = frozenset(
+    {
+        *(torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to),
+        torch.autograd.backward,
+    }
+)
+"""Calls of which more than a keyword is changed; all others pass in the fewest steps."""
 
 
 def _backward(

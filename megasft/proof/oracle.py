@@ -57,14 +57,14 @@ class Adam(NamedTuple):
 
 
 def turn_losses(model: Any, sample: Sample) -> list[torch.Tensor]:
-    """Return the cross entropy of each label of each turn; one forward pass per turn."""
+    """Return the cross entropy of each label of each turn; one forward pass per sample."""
+    with strict_float64():
+        logits = model(input_ids=torch.tensor([sample.tokens.tolist()])).logits[0]
     losses = []
     for start, size in sample.turns[:, :2].tolist():
-        ids = torch.tensor([sample.tokens[: start + size].tolist()])
-        with strict_float64():
-            logits = model(input_ids=ids).logits[0]
-        log_probs = torch.log_softmax(logits[start - 1 : -1], dim=-1)
-        losses.append(-log_probs[torch.arange(size), ids[0, start:]])
+        log_probs = torch.log_softmax(logits[start - 1 : start + size - 1], dim=-1)
+        labels = torch.tensor(sample.tokens[start : start + size].tolist())
+        losses.append(-log_probs[torch.arange(size), labels])
     return losses
 
 

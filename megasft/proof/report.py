@@ -22,7 +22,7 @@ DEFINITION: Final = f"""\
 Each line is a run of the real training entry point (`megasft.pretrain_sft`, Megatron's own loop)
 on packed rows, in float32, with the same {BATCH} rows of {ROW_TOKENS} tokens as its first global
 batch (out of {NUM_SAMPLES} random conversations; some without labels, some of 2 tokens, one as long
-as its row). It is compared with plain Hugging Face in float64, where every turn is an unpacked
+as its row). It is compared with plain Hugging Face in float64, where every conversation is a
 sequence of its own and the mean is taken over all of them at once:
 
     turn    Σ_turns (Σ_tokens ce / n_turn) / Σ turns        sample   the same per conversation
