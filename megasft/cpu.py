@@ -96,15 +96,13 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in _REWRITTEN:
-            return self._rewritten(func, args, kwargs or {})
-        if not kwargs:
-            return func(*args)
-        if "device" in kwargs:
+        if kwargs and "device" in kwargs:
             device = kwargs["device"]
             is_index = isinstance(device, int) and not isinstance(device, bool)
             kwargs = kwargs | {"device": "cpu" if is_index else _on_cpu(device)}
-        return func(*args, **kwargs)
+        if func in _REWRITTEN:
+            return self._rewritten(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _rewritten(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
@@ -118,8 +116,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             # activation recomputation inside a backward pass.
             with self:
                 return _backward(*args, **kwargs)
-        args = (args[0], *map(_on_cpu, args[1:]))
-        return func(*args, **{name: _on_cpu(value) for name, value in kwargs.items()})
+        return func(args[0], *map(_on_cpu, args[1:]), **kwargs)
 
 
 _REWRITTEN: Final = frozenset(

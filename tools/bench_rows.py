@@ -216,7 +216,7 @@ def in_a_loop(store: TokenStore, rows: Rows, *, row_tokens: int) -> Columns:
             size = -(-len(tokens) // ALIGN_TOKENS) * ALIGN_TOKENS
             row["tokens"][at : at + len(tokens)] = tokens
             row["position_ids"][at : at + size] = np.arange(size)
-            for nth, (start, num_tokens, category, _) in enumerate(turns.tolist(), start=1):
+            for nth, (start, num_tokens, category, *_) in enumerate(turns.tolist(), start=1):
                 label = slice(at + start - 1, at + start - 1 + num_tokens)
                 row["labels"][label] = tokens[start : start + num_tokens]
                 row["turn_tokens"][label] = num_tokens

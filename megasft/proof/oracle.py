@@ -1,9 +1,9 @@
-"""The loss by its definition: plain Hugging Face in float64, one unpacked sequence per turn.
+"""The loss by its definition: plain Hugging Face in float64, one sequence per conversation.
 
 Shares nothing with what it judges but the store's reader: no rows, no shifting helper, no masks, no
-Megatron. Each supervised turn is run as its own sequence, the conversation up to its last token,
-and the mean is taken over all of them at once. The optimizer step is written out, too. Nothing is
-computed in less than float64 (``float64.py``).
+Megatron. Each conversation is run as its own sequence, and the mean is taken over all turns at
+once. The optimizer step is written out, too. Nothing is computed in less than float64
+(``float64.py``).
 """
 
 import struct

@@ -40,6 +40,9 @@ from megasft import cpu
 assert cpu.prepare() and cpu.prepare() and cpu.is_needed()
 assert torch.zeros(2, device="cuda").device.type == "cpu"
 assert torch.full((2,), 0, device=torch.cuda.current_device()).device.type == "cpu"
+assert torch.zeros(2).to(device=torch.cuda.current_device()).device.type == "cpu"
+assert torch.zeros(2).to(device="cuda:0", dtype=torch.int8).dtype == torch.int8
+assert torch.zeros(2).to(torch.device("cuda"), torch.int8).dtype == torch.int8
 assert torch.ones(1).cuda().to("cuda:0").to(torch.device("cuda", 0)).device.type == "cpu"
 assert torch.ones(1).to(torch.float64).dtype == torch.float64
 assert torch.nn.Linear(2, 2).cuda().weight.device.type == "cpu"

@@ -70,7 +70,7 @@ def test_opensfts_flow_samples_joins_builds_and_packs(
     opened = open_store(store)
     assert opened.meta["categories"] == {"1": "stem_zh/phy", "2": "ruozhiba"}
     trained = [row for i in range(len(opened)) for row in opened.sample(i).turns.tolist()]
-    assert Counter(category for _, _, category, _ in trained) == {1: 23, 2: 16}
+    assert Counter(category for _, _, category, *_ in trained) == {1: 23, 2: 16}
     plan = plan_rows(opened, row_tokens=131_072, align_tokens=8, seed=42)
     assert (len(plan), int(plan.turns.sum())) == (1, 39)
 

@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[dict[str, object], int, str]] = {
     "newer store": (
         {"megasft_data": "{newer}"},
         1,
-        "built by a newer megasft: format version 99, this one reads 1; update megasft",
+        "built by a newer megasft: format version 99, this one reads 2; update megasft",
     ),
     "half-written store": ({"megasft_data": "{half}"}, 1, "half-written: its build did not finish"),
     "no store": ({"megasft_data": "{folder}/nowhere"}, 1, "is not a token store"),
