@@ -29,7 +29,7 @@ def open_tokenizer(store: TokenStore, folder: Path | None) -> Any:
     folder = folder or Path(store.meta["tokenizer"]["path"])
     if not folder.is_dir():
         raise FlagError(f"the tokenizer is not at {folder} any more; say where with --tokenizer")
-    return load_tokenizer(folder)
+    return load_tokenizer(folder, needs_template=False)  # it only decodes
 
 
 def print_sample(console: Console, store: TokenStore, index: int, tokenizer: Any) -> None:

@@ -9,6 +9,7 @@ from megasft.cli.planned import DEFAULT_ALIGN_TOKENS, DEFAULT_SEED
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import plan_rows
 from megasft.store import open_store
+from tests.tiny_tokenizer import make_tokenizer
 
 from .conftest import Seen
 
@@ -172,3 +173,17 @@ def test_several_stores_and_a_mixture_are_traced_as_they_are_trained(
     assert set(samples) <= {NUM_SAMPLES, NUM_SAMPLES + 1, NUM_SAMPLES + 2}  # stage one
     seen = megasft("trace", store, "--sample", 0, "--mixture", mixture)
     assert "--mixture has no effect without --seq-length" in seen.err
+
+
+def test_text_is_shown_though_the_template_was_named_at_the_build(
+    tmp_path: Path, megasft: Megasft
+) -> None:
+    tokenizer, template = make_tokenizer(tmp_path / "tokenizer"), tmp_path / "chat.jinja"
+    (tokenizer / "chat_template.jinja").rename(template)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    (tmp_path / "chats.jsonl").write_bytes(orjson.dumps({"messages": messages}))
+    flags = ("--tokenizer", tokenizer, "--chat-template", template, "-o", tmp_path / "store")
+    assert megasft("build", "-i", tmp_path / "chats.jsonl", *flags).code == 0
+
+    seen = megasft("trace", tmp_path / "store", "--sample", 0)
+    assert seen.code == 0 and "⟦Yo<|im_end|>⟧" in seen.out, seen
