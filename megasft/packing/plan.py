@@ -17,7 +17,7 @@ of one long plan, so that the position of a run stays one integer whatever their
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,6 +40,9 @@ from megasft.store import TokenStore
 logger = logging.getLogger(__name__)
 
 PLAN_VERSION: Final = 1
+
+UNITS: Final = {"turn": "turns", "sample": "labelled_samples", "token": "labels"}
+"""Objective -> the count of a ``RowPlan`` that its loss is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class RowPlan:
     @property
     def units(self) -> dict[str, npt.NDArray[np.int64]]:
         """Return int64 [R] by objective: what each row adds to the divisor of the loss."""
-        return {"turn": self.turns, "sample": self.labelled_samples, "token": self.labels}
+        return {objective: getattr(self, name) for objective, name in UNITS.items()}
 
     def order(self, *, seed: int, window: CostWindow | None = None) -> RowAtPosition:
         """Return the order in which a run trains the rows, before they are dealt to ranks.
@@ -186,14 +189,17 @@ def plan_rows(
         )
         _write(cached, *planned)
     rows, stages = planned
-    contents = _contents(store, rows)
+    counts = _turns_and_labels(store)
+    contents = _contents(store, rows, *counts)
     too_long = np.unique(np.concatenate([samples[~fits[samples]] for samples in drawn]))
     return RowPlan(
         rows,
         row_tokens,
         align_tokens,
         **contents,
-        unit_weights=_unit_weights(store, rows, contents),
+        unit_weights=_unit_weights(store, rows, *counts)
+        if store.has_weights
+        else {objective: contents[name].astype(float) for objective, name in UNITS.items()},
         squares=_squares(lengths, rows, row_tokens=row_tokens, align_tokens=align_tokens),
         too_long=too_long,
         identity=identity,
@@ -202,44 +208,44 @@ def plan_rows(
     )
 
 
-def _contents(store: TokenStore, rows: Rows) -> dict[str, npt.NDArray[np.int64]]:
-    """Count what each row holds, a sample that is there twice two times."""
-    turns, labels = _turns_and_labels(store)
+def _contents(
+    store: TokenStore, rows: Rows, turns: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Count what each row holds.
+
+    Args:
+        store: Whose samples the rows are made of.
+        rows: They.
+        turns: int64 [S]. Turns of each sample.
+        labels: int64 [S]. Label tokens of each sample.
+    """
     of_samples = {
         "turns": turns,
         "labelled_samples": (turns > 0).astype(np.int64),
         "labels": labels,
         "tokens": store.tokens.lengths.astype(np.int64),
     }
-    return {
-        name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
-        for name, values in of_samples.items()
-    }
+    return {name: _of_rows(rows, values) for name, values in of_samples.items()}
+
+
+def _of_rows[T: (np.int64, np.float64)](rows: Rows, of_samples: npt.NDArray[T]) -> npt.NDArray[T]:
+    """Sum what samples have over each row, a sample that is there twice two times."""
+    return np.add.reduceat(of_samples[rows.samples], rows.borders[:-1])
 
 
 def _unit_weights(
-    store: TokenStore, rows: Rows, contents: Mapping[str, npt.NDArray[np.int64]]
+    store: TokenStore, rows: Rows, turns: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Sum the weights of each row's units, a sample that is there twice two times."""
-    if not store.has_weights:
-        counts = ("turns", "labelled_samples", "labels")
-        return {
-            objective: contents[name].astype(np.float64)
-            for objective, name in zip(("turn", "sample", "token"), counts, strict=True)
-        }
-    num_turns, num_labels = _turns_and_labels(store)
+    """Sum the weights of each row's units; arguments as of ``_contents``."""
     records = store.turns.values.reshape(-1, len(TURN_FIELDS))
     weights = turn_weights_of(records).astype(np.float64)
     of_labels = weights * records[:, TURN_FIELDS.index("num_tokens")]
-    sample = np.repeat(np.arange(len(store)), num_turns)
+    sample = np.repeat(np.arange(len(store)), turns)
     by_turn, by_label = (
         np.bincount(sample, weights=values, minlength=len(store)) for values in (weights, of_labels)
     )
-    of_samples = {"turn": by_turn, "sample": by_label / num_labels.clip(min=1), "token": by_label}
-    return {
-        name: np.add.reduceat(values[rows.samples], rows.borders[:-1])
-        for name, values in of_samples.items()
-    }
+    of_samples = {"turn": by_turn, "sample": by_label / labels.clip(min=1), "token": by_label}
+    return {name: _of_rows(rows, values) for name, values in of_samples.items()}
 
 
 def _squares(

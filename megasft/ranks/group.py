@@ -59,7 +59,8 @@ def start(
         if can_fork():
             return Group(
                 world_size,
-                ("-m", module, *argv),
+                module,
+                argv,
                 stdout=output,
                 stderr=output,
                 imports=imports,
@@ -154,7 +155,8 @@ class Group:
 
     Args:
         world_size: Ranks.
-        command: ``-m``, the module and its arguments.
+        module: What ``python -m`` would run.
+        argv: The module's arguments.
         stdout: File that all ranks print to; ``stderr`` may be the same.
         imports: Modules that it will import.
         environment: All of it, but for what tells ranks apart.
@@ -163,20 +165,19 @@ class Group:
     def __init__(
         self,
         world_size: int,
-        command: Sequence[str],
+        module: str,
+        argv: Sequence[str],
         *,
         stdout: IO[Any],
         stderr: IO[Any],
         imports: Sequence[str],
         environment: Mapping[str, str],
     ) -> None:
-        dash_m, module, *argv = command
-        assert dash_m == "-m", f"only modules are run here, not {dash_m}"
         self.returncode: int | None = None
         request = Request(
             world_size=world_size,
             module=module,
-            argv=argv,
+            argv=list(argv),
             imports=list(imports),
             environment=dict(environment),
             folder=os.getcwd(),

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 IMPORTED: Final = (
@@ -141,7 +141,7 @@ def serve(control: socket.socket, before: dict[str, str]) -> Rank | None:
             die_with(server)
             control.close()
             of_imports = {k: v for k, v in os.environ.items() if k not in before}
-            request.environment.update(of_imports | request.environment)
+            request = replace(request, environment=of_imports | request.environment)
             return start_group(request, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)

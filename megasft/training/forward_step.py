@@ -18,7 +18,6 @@ from megasft.schema import PER_TOKEN_FIELDS, SFTBatch
 from megasft.training.global_batch import GlobalBatches
 from megasft.training.probe import Probe
 from megasft.training.report import Report
-from megasft.training.turn_weights import evaluation_scales
 from megasft.training.validation import loss_of_each_set, reported_names
 
 LossFunc = Callable[[torch.Tensor], LossOutput]
@@ -36,7 +35,6 @@ def forward_step_func(
         probe: Sees, and may replace, each training share and its loss.
     """
     names = reported_names(args.megasft_valid_data)
-    scales = evaluation_scales(args, [planned.plan for planned in report.valid])
 
     def forward_step(data_iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, LossFunc]:
         if model.training:
@@ -70,11 +68,11 @@ def forward_step_func(
         if model.training:
             loss_func = _training_loss(args, partial(loss, batch=batch), batch, batches, probe)
         elif set_of_row is not None:
-            sets = dict(zip(names, scales.each, strict=True))
-            loss = partial(loss, weight_scale=scales.together)
+            sets = dict(zip(names, report.scales.each, strict=True))
+            loss = partial(loss, weight_scale=report.scales.together)
             loss_func = loss_of_each_set(loss, batch, set_of_row=set_of_row, sets=sets)
         else:
-            loss_func = partial(loss, batch=batch, weight_scale=scales.together)
+            loss_func = partial(loss, batch=batch, weight_scale=report.scales.together)
         return losses, _gathered(loss_func, gather)
 
     return forward_step

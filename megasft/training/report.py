@@ -12,6 +12,7 @@ Rank 0 prints and writes; the last rank, where Megatron keeps its TensorBoard wr
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final, Self
 
 import numpy as np
@@ -36,7 +37,7 @@ from megasft.training.optimizer_watch import OptimizerStep, watch
 from megasft.training.report_arguments import log_folder
 from megasft.training.saving import Keeper
 from megasft.training.spikes import Spikes
-from megasft.training.turn_weights import evaluation_scales
+from megasft.training.turn_weights import Scales, evaluation_scales
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,11 @@ class Report:
         # A step that Megatron runs again, to check a result, counts once: the last run of it.
         self._reduced, self._reduced_samples = self._sum_of_ranks("train")
 
+    @cached_property
+    def scales(self) -> Scales:
+        """What the losses of an evaluation are multiplied by."""
+        return evaluation_scales(self.args, [planned.plan for planned in self.valid])
+
     def evaluated(self, _model: Any) -> None:
         """Report an evaluation; Megatron calls it on all ranks at the end (``non_loss_data_func``).
 
@@ -114,7 +120,6 @@ class Report:
         """
         sums, _ = self._sum_of_ranks("valid")
         table, slots = sums.tolist(), self._tables["valid"].sets
-        scales = evaluation_scales(self.args, [planned.plan for planned in self.valid])
         # Without a step, as when a finished run is started again, it is that of the checkpoint.
         step = int(self.args.iteration if self._last_step is None else self._last_step)
         if not self.args.megasft_no_audit:
@@ -122,7 +127,7 @@ class Report:
         if self._last_step is not None and step == self.args.train_iters:
             self.args.do_valid = False
         sets = {
-            name: self._losses(table, slots[n], self.names["valid"][n], scales.each[n])
+            name: self._losses(table, slots[n], self.names["valid"][n], self.scales.each[n])
             for n, name in enumerate(self.valid_names)
         }
         self.keeper.evaluated(step, loss_of_each(sets))

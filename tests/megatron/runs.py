@@ -52,10 +52,13 @@ def torchrun(world_size: int, *command: str, timeout: float = 600, is_warm: bool
 
 def group(world_size: int, command: Sequence[str], *, stdout: IO[str], stderr: IO[str]) -> Group:
     """Fork ranks, from the project's folder."""
+    dash_m, module, *argv = command
+    assert dash_m == "-m", f"only modules are run here, not {dash_m}"
     with chdir(ROOT):
         return Group(
             world_size,
-            command,
+            module,
+            argv,
             stdout=stdout,
             stderr=stderr,
             imports=TRAINING,
