@@ -41,6 +41,17 @@ LENGTH_EDGES: Final = (16, 64, 256, 1024, 4096, 16384)
 _SET_BITS: Final = 32
 
 
+def named(sums: Sequence[float]) -> dict[str, float]:
+    """Return the sums of a slot by their columns, 8 or 9 of them.
+
+    Example:
+        >>> named(range(8))["ce"]
+        3
+    """
+    columns = COLUMNS if len(sums) == len(COLUMNS) else (*COLUMNS, WEIGHTED_CE)
+    return dict(zip(columns, sums, strict=True))
+
+
 class Span(NamedTuple):
     """Rows of the table, from ``start`` to before ``stop``."""
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from megasft.loss.breakdown import (
-    COLUMNS,
     LAST_POSITION,
     LENGTH_EDGES,
     WEIGHTED_CE,
     SlotsOfSet,
     Span,
+    named,
 )
 from megasft.schema import NO_CATEGORY
 
@@ -179,7 +179,7 @@ def losses_of(
     Returns:
         None when the set has no label.
     """
-    whole = dict(zip((*COLUMNS, WEIGHTED_CE), table[slots.whole], strict=False))
+    whole = named(table[slots.whole])
     if not whole["labels"]:
         return None
     means = {
@@ -216,7 +216,7 @@ def _means(table: Sequence[Sequence[float]], rows: Span, names: Sequence[str]) -
     """Return the means of rows that have a name and labels."""
     found = {}
     for name, sums in zip(names, table[rows.start : rows.stop], strict=True):
-        row = dict(zip(COLUMNS, sums, strict=False))
+        row = named(sums)
         if row["labels"] and name:
             found[name] = Means(
                 row["ce"] / row["labels"],

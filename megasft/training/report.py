@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from megasft import cpu
-from megasft.loss.breakdown import COLUMNS, Breakdown
+from megasft.loss.breakdown import Breakdown, named
 from megasft.loss.per_sample import SAMPLE_COLUMNS
 from megasft.report.devices import peak_tflops
 from megasft.report.jsonl import has_evaluation
@@ -157,7 +157,7 @@ class Report:
         for name, planned, slots in zip(
             self.valid_names, self.valid, self._tables["valid"].sets, strict=True
         ):
-            found = dict(zip(COLUMNS, table[slots.whole], strict=False))
+            found = named(table[slots.whole])
             audit_evaluation(step=step, name=name, found=found, plan=planned.plan)
 
     def _stepped(self, optimizer: OptimizerStep) -> None:
