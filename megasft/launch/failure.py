@@ -20,6 +20,8 @@ LAST_LINES: Final = 5
 
 _SEEN: Final = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
 """What torch 2.9 to 2.13 log when a rank has ended."""
+_HEARD: Final = re.compile(r"Received \S+ death signal, shutting down workers")
+"""What torch 2.9 to 2.13 log when a signal ends torchrun itself."""
 _PREFIX: Final = re.compile(r"^\[rank\d+\]: ?")
 """torch puts it before an uncaught error once the process group is there."""
 _NAMED: Final = "[megasft] error: "
@@ -80,6 +82,11 @@ def seen_ended(line: str) -> Ended | None:
     """Return the rank a line of torchrun's says has ended."""
     found = _SEEN.search(line)
     return None if found is None else Ended(rank=int(found[2]), exit_code=int(found[1]))
+
+
+def seen_signal(line: str) -> bool:
+    """Say whether a line of torchrun's says that a signal is ending it."""
+    return bool(_HEARD.search(line))
 
 
 def first_failure(logs: Mapping[int, Path], ended: Ended | None) -> Failure | None:

@@ -41,6 +41,8 @@ PASSED_ON: Final = {
 """Signals that end a run, and what the ranks get, which know two of them."""
 SECONDS_TO_END: Final = 5.0
 """For torchrun, after its ranks have ended on a signal."""
+SECONDS_TO_HEAR: Final = 2.0
+"""Between two SIGTERMs to a torchrun that has not said that it heard one."""
 SECONDS_TO_INTERRUPT: Final = 10.0
 """For ranks after Ctrl-C, which does not save; then they are killed."""
 INTERRUPTED: Final = 130
@@ -85,6 +87,7 @@ class _Agent:
         self._lasting: failure.Failure | None = None
         self._was_interrupted = False
         self._ended_early: signal.Signals | None = None
+        self._was_heard = threading.Event()
         self.was_stopped = False
         self._environ = environ
         self._process: subprocess.Popen[str] | None = None
@@ -132,6 +135,8 @@ class _Agent:
                 report.append(line)
                 continue
             _show(line)
+            if failure.seen_signal(line):
+                self._was_heard.set()
             if (ended := failure.seen_ended(line)) is not None:
                 self._ended.append(ended)
                 self._announce_restart(ended)
@@ -140,12 +145,12 @@ class _Agent:
     def _announce_restart(self, ended: failure.Ended) -> None:
         """Say that torchrun starts the ranks again, or keep it from doing so in vain."""
         restarts = self._run.launch.max_restarts
-        if (number := len(self._ended)) > restarts or self.was_stopped:
+        if (number := len(self._ended)) > restarts or self.was_stopped or self._lasting is not None:
             return
         found = failure.first_failure(self._logs(), ended)
         if found is not None and found.is_lasting:
             self._lasting = found
-            self._require_process().terminate()
+            threading.Thread(target=self._terminate, daemon=True).start()
             return
         logger.warning(
             "rank %d ended with exit code %d; restart %d of %d, from the last checkpoint",
@@ -218,11 +223,27 @@ class _Agent:
     def _end_after(self, ranks: list[psutil.Process]) -> None:
         """End torchrun when its ranks have ended and it starts them again."""
         psutil.wait_procs(ranks)
+        if not self._has_ended(within=SECONDS_TO_END):
+            self._terminate()
+
+    def _terminate(self) -> None:
+        """Send SIGTERM until torchrun has heard it.
+
+        Its handler raises an error, and ``logging`` drops one that is raised while it writes a
+        line: the ranks would be started again as if nothing had come.
+        """
         process = self._require_process()
-        try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
+        while not self._was_heard.is_set():
             process.terminate()
+            if self._has_ended(within=SECONDS_TO_HEAR):
+                return
+
+    def _has_ended(self, *, within: float) -> bool:
+        try:
+            self._require_process().wait(within)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _interrupt(self) -> None:
         """End the ranks without saving; kill them when they take long or are interrupted twice."""

@@ -74,6 +74,33 @@ def test_a_fault_that_another_start_would_meet_again_is_not_met_again(
     assert len(list(folder.glob("refused.1.*"))) <= 6
 
 
+DEAF = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+log = folder / "run" / "attempt_0" / "0" / "stderr.log"
+log.parent.mkdir(parents=True)
+log.write_text("[megasft] error: there is no store")
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+print("failed (exitcode: 1) local_rank: 0 (pid: 7) of binary: x", file=sys.stderr, flush=True)
+while len(heard) < 2:
+    time.sleep(0.01)
+print("Received 15 death signal, shutting down workers", file=sys.stderr, flush=True)
+time.sleep(2.5)
+sys.exit(10 + len(heard))
+"""
+"""A torchrun that drops a signal: an error raised while it writes a log line is dropped."""
+
+
+def test_a_torchrun_that_drops_a_signal_gets_it_again_until_it_has_heard_one(
+    start: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torchrun, "torchrun_command", lambda run: [sys.executable, "-c", DEAF, str(run.log_dir)]
+    )
+    assert start("refuse", "launch.max_restarts=12") == 12
+
+
 PROGRAM = """
 import os, sys
 from dataclasses import replace
