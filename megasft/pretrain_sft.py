@@ -1,6 +1,7 @@
 """Entry point: ``torchrun -m megasft.pretrain_sft <any Megatron flag> --megasft-data STORE ...``.
 
-Megatron's own ``pretrain()`` does the training; this file parses, checks, plans and hands over.
+Megatron's own ``pretrain()`` does the training; this file starts the run (``run/start.py``) and
+hands it over.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megasft import cpu
 from megasft.errors import MegasftError, SaveError
@@ -36,54 +37,27 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megasft.training import (
-        arguments,
-        datasets,
-        hooks,
-        resume,
-        row_order,
-        run_length,
-        saving,
-    )
+    from megasft.run import start
+    from megasft.training import arguments, datasets, hooks, saving
     from megasft.training.forward_step import forward_step_func
     from megasft.training.global_batch import GlobalBatches
-    from megasft.training.model import model_config
-    from megasft.training.preflight import run as preflight
     from megasft.training.report import Report
 
-    args: Any = arguments.parse(argv)
-    if saving.is_over(args):  # before anything about the run is checked: nothing will be done
-        saving.end_again(args)
+    begun = start.begin(arguments.parse(argv))
+    if begun.is_over:
+        saving.end_again(begun.args)
         return
-    if probe is None:
-        data = preflight.require(args)
-    else:  # hundreds of runs in one process; whoever has a probe chose the flags
-        arguments.check(args)
-        data = datasets.open_data(args)
-    window = row_order.cost_window(args)
-    run_length.apply(args, data.train.plan)
-    saving.apply(args)
-    resume.check(args, row_order.identity(data.train.plan, window))
-    if saving.is_over(args):
-        saving.end_again(args)
-        return
-    saving.check_steps_left(args)
-    resume.follow_new_length(args)
-    validate_args(args)
-    datasets.set_eval_iters(args, data)
+    args, data, model = begun.settled, begun.data, begun.config
     datasets.announce(args, data)
-    datasets.check_length(args, data)
     with saving.only_writer(args):
-        set_global_variables(args)
-        model = model_config(args)
+        set_global_variables(args, build_tokenizer=False)  # importing its libraries takes seconds
         batches = GlobalBatches(
             data.train.plan,
             seed=args.seed,
             objective=args.megasft_loss,
-            window=window,
+            window=begun.window,
             normalizes=args.megasft_turn_weights == "normalize",
         )
         keeper = saving.Keeper(args, rank=args.rank)

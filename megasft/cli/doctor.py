@@ -89,16 +89,17 @@ def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Re
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cpu.prepare()
+        from megasft.run import start
         from megasft.training import arguments
-        from megasft.training.preflight import machine, run
+        from megasft.training.preflight import machine
         from megasft.training.preflight.subject import Subject
 
         seen = machine.look()
         if not flags:
-            return run.examine(Subject(seen, wishes))
+            return start.examine(Subject(seen, wishes))
         args = arguments.parse(flags)
         args.world_size = world_size or _world_size(args, len(seen.gpus), seen.environment)
-        return run.examine(Subject(seen, wishes, args))
+        return start.examine(Subject(seen, wishes, args))
 
 
 def _world_size(args: Any, num_gpus: int, environment: Any) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from megasft.training.resume_check import Resume
+    from megasft.run.resume_check import Resume
     from megasft.training.resume_proof import Proof
 
 CONTEXT: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -93,7 +93,7 @@ def resume_check(
     cpu.prepare(hide=())
     with _quiet():
         cpu.skip_missing_makefile()
-        from megasft.training import resume_check as checks
+        from megasft.run import resume_check as checks
 
         resumed = checks.open_resume(
             checkpoint, context.args, without=without or (), world_size=world_size
@@ -114,7 +114,7 @@ def _quiet() -> Iterator[None]:
 def _print(resumed: Resume, proof: Proof, *, num_rows: int) -> None:
     from rich.console import Console
 
-    from megasft.training.resume_check import cautions
+    from megasft.run.resume_check import cautions
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{resumed.folder}: {_place(resumed, proof)}\n", markup=False)
@@ -141,7 +141,7 @@ def _table(resumed: Resume) -> Table:
     """Return sizes and given flags of the checkpoint and of the run to come, side by side."""
     from rich.table import Table
 
-    from megasft.training.resume_check import batch_rows, learning_rate, num_steps_to_come
+    from megasft.run.resume_check import batch_rows, learning_rate, num_steps_to_come
 
     table = Table("", "checkpoint", "run to come", box=None, pad_edge=False)
     old, new, at = resumed.old, resumed.new, resumed.consumed

@@ -150,21 +150,22 @@ def make_messages(
     """
     given = _record_labels(labels, count=len(raw))
     default = float(train_on != "labels")
-    messages = tuple(_message(item, i, given, default) for i, item in enumerate(raw))
+    messages = tuple([_message(item, i, given, default) for i, item in enumerate(raw)])
     if train_on == "everything":
         return tuple(m._replace(trained=False, weight=1.0) for m in messages)
-    if not any(m.role == "assistant" for m in messages):
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
         raise BadRecordError(
             "no assistant turn", f"none of the {len(messages)} messages is assistant's"
         )
     if train_on == "last-turn":
-        last = max(i for i, m in enumerate(messages) if m.role == "assistant")
         messages = tuple(
-            m._replace(trained=m.trained and i == last) for i, m in enumerate(messages)
+            m._replace(trained=m.trained and i == answers[-1]) for i, m in enumerate(messages)
         )
-    if not any(m.trained for m in messages):
-        raise BadRecordError("nothing to train", _NOTHING[train_on])
-    return messages
+    for i in answers:
+        if messages[i].trained:
+            return messages
+    raise BadRecordError("nothing to train", _NOTHING[train_on])
 
 
 def make_category(meta: Any) -> Category:
@@ -227,6 +228,12 @@ _NOTHING_ELSE: Final[dict[str, Any]] = {}
 
 
 def _message(item: Any, index: int, given: list[float] | None, default: float) -> Message:
+    if type(item) is dict and len(item) == 2:  # nearly all: a role, a text, and nothing else
+        role, content = item.get("role"), item.get("content")
+        if type(content) is str and role in ROLES:
+            weight = given[index] if given else default
+            trained = role == "assistant" and weight > 0
+            return Message(role, content, trained, _NOTHING_ELSE, None, given is not None, weight)
     if not isinstance(item, dict):
         raise BadRecordError("wrong type", f"message {index} is not an object")
     if "role" not in item:
@@ -236,11 +243,6 @@ def _message(item: Any, index: int, given: list[float] | None, default: float) -
         raise BadRecordError(
             "unknown role", f"message {index} has role {role!r}; known are {', '.join(ROLES)}"
         )
-    content = item.get("content")
-    if len(item) == 2 and type(content) is str:  # nearly all: a role, a text, and nothing else
-        weight = given[index] if given else default
-        trained = role == "assistant" and weight > 0
-        return Message(role, content, trained, _NOTHING_ELSE, None, given is not None, weight)
     own = [key for key in LABEL_KEYS if item.get(key) is not None]
     if len(own) > (given is None):
         listed = [*own, *(["the record's `labels`"] if given else [])]

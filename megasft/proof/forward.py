@@ -23,6 +23,7 @@ import torch
 from checkpoint_convert.verify import workers
 from megasft import cpu
 from megasft.errors import ConversionError, MegasftError
+from megasft.run.start import accept
 from megasft.training import arguments
 
 FORWARD_FLAGS: Final = (
@@ -88,9 +89,8 @@ class Case(workers.Case):
         unfinished.replace(path)
 
 
-def start(case: Case) -> Any:
-    """Parse, validate and initialize as the training entry point does; return Megatron's args."""
-    from megatron.training.arguments import validate_args
+def start(case: Case) -> tuple[Any, Any]:
+    """Start as a training run does, without data; return Megatron's args and the model's config."""
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
 
@@ -98,10 +98,10 @@ def start(case: Case) -> Any:
     longest = max(map(len, case.documents))
     # Rows are as long as their documents together; Megatron only checks this one.
     args.seq_length = max(8, min(longest, args.max_position_embeddings or longest) // 8 * 8)
-    validate_args(args)
+    config = accept(args)
     set_global_variables(args, build_tokenizer=False)
     initialize_megatron()
-    return args
+    return args, config
 
 
 def require_same_model(args: Any, case: Case) -> None:
@@ -135,13 +135,10 @@ def require_same_model(args: Any, case: Case) -> None:
         )
 
 
-def build(args: Any) -> torch.nn.Module:
-    """Build what a training run builds from the flags, but with logits of the whole vocabulary."""
+def build(config: Any) -> torch.nn.Module:
+    """Build what a training run builds, but with logits of the whole vocabulary."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megasft.training.model import model_config
-
-    config = model_config(args)
     config.parallel_output = False
     builder = config.get_builder_cls()(config)
     model: torch.nn.Module = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
@@ -219,18 +216,18 @@ def forward(model: Any, case: Case) -> torch.Tensor | None:
 def run(case: Case) -> None:
     """Do what a case asks for and write its files, from the last rank."""
     output = Path(case.output)
-    args = start(case)
+    args, config = start(case)
     require_same_model(args, case)
     if case.hidden is not None:
         from megasft.proof.layerwise import forward_by_layer
 
-        logits, layers = forward_by_layer(args, case)
+        logits, layers = forward_by_layer(config, case)
         output.with_suffix(".layers").write_bytes(
             orjson.dumps(layers, option=orjson.OPT_SERIALIZE_NUMPY)
         )
         case.write(output, logits)
         return
-    model = build(args)
+    model = build(config)
     load_whole(model, case)
     found = forward(model, case)
     if found is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:

@@ -44,11 +44,11 @@ class Layers(NamedTuple):
     peak_bytes: int
 
 
-def forward_by_layer(args: Any, case: Case) -> tuple[torch.Tensor, dict[str, Any]]:
+def forward_by_layer(config: Any, case: Case) -> tuple[torch.Tensor, dict[str, Any]]:
     """Compare every layer with Hugging Face's hidden states.
 
     Args:
-        args: Megatron's.
+        config: Megatron's, of the model.
         case: With the folder of hidden states.
 
     Returns:
@@ -57,7 +57,7 @@ def forward_by_layer(args: Any, case: Case) -> tuple[torch.Tensor, dict[str, Any
     """
     assert case.hidden is not None
     with without_weights():
-        model: Any = build(args)
+        model: Any = build(config)
     weights = _Weights(model, case)
     hidden, errors = Path(case.hidden), []
     progress = Path(case.output).with_suffix(".progress")

@@ -4,8 +4,8 @@ The position of a run is one integer, Megatron's consumed samples; it means some
 same row plan. So the plan's identity is saved with Megatron's flags in each checkpoint and compared
 before anything is loaded. The layout (TP, PP, DP, CP) and the sizes of batches are free: rows do
 not depend on them as long as ``--megasft-align-tokens`` covers the context parallelism, and dealing
-rows to ranks (``row_order.py``) stays within a global batch. ``resume_check.py`` shows that for one
-checkpoint and one run to come.
+rows to ranks (``row_order.py``) stays within a global batch. ``run/resume_check.py`` shows that for
+one checkpoint and one run to come.
 """
 
 import logging

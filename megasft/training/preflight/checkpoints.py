@@ -1,4 +1,4 @@
-"""Whether the run can resume from what it loads, and save what it makes.
+"""Whether the run can save what it makes.
 
 A checkpoint holds the weights as they are trained and, unless told not to, the optimizer's states:
 14 bytes a parameter for bf16 with Adam, whatever the layout.
@@ -10,27 +10,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasft.errors import MegasftError
-from megasft.training import resume, row_order
 from megasft.training.preflight import memory, parameters
 from megasft.training.preflight.finding import Hit, text_of_bytes
 
 if TYPE_CHECKING:
     from megasft.training.preflight.subject import Subject
-
-
-def cannot_resume(subject: Subject) -> Iterator[Hit]:
-    """Find a checkpoint to resume from that was trained on other rows, or cannot be loaded."""
-    args = deepcopy(subject.args)
-    try:
-        window = row_order.cost_window(args)
-        resume.check(args, row_order.identity(subject.data.train.plan, window))
-    except MegasftError as error:
-        yield Hit.from_message(str(error))
 
 
 def not_saved(subject: Subject) -> Iterator[Hit]:

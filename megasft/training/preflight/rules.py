@@ -1,6 +1,7 @@
 """All rules of preflight by name: what each finds, how bad that is, and what it needs to be known.
 
-A rule is one small function over the run (``subject.py``). Its order here is that of the report.
+A rule is one small function over the run (``subject.py``), or a step of the start, whose refusal it
+names. Its order here is that of the report.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from megasft.training.preflight import (
     moe,
     parallel,
     rows,
-    settle,
     speed,
     stores,
 )
@@ -32,13 +32,14 @@ from megasft.training.preflight.subject import Subject
 class Stage(StrEnum):
     """What is known when a rule runs; stages follow each other in this order.
 
-    ``OPEN`` and ``SETTLE`` hold one rule each, which makes the next stage possible.
+    ``OPEN``, ``LENGTH`` and ``SETTLE`` hold steps, which make the next stage possible.
     """
 
     MACHINE = "machine"
     FLAGS = "flags"
     OPEN = "open"
     DATA = "data"
+    LENGTH = "length"
     SETTLE = "settle"
     MODEL = "model"
 
@@ -52,18 +53,17 @@ class Rule:
         stage: What has to be known to ask.
         theme: What it is about.
         meaning: What it finds, in a sentence.
-        check: Yields a hit each time it fires.
-        announced: A run says it by itself as it starts, so there only an error counts.
-        essential: A run asks nowhere else, so what fails in it ends the run.
+        check: Yields a hit each time it fires; None for a step of the start (``run/start.py``),
+            which is an error where it refuses.
+        announced: A run says it by itself as it starts, so it is the doctor's.
     """
 
     severity: Severity
     stage: Stage
     theme: str
     meaning: str
-    check: Callable[[Subject], Iterable[Hit]]
+    check: Callable[[Subject], Iterable[Hit]] | None = None
     announced: bool = False
-    essential: bool = False
 
 
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
@@ -118,8 +118,7 @@ RULES: Final[dict[str, Rule]] = {
         _E, _ON_FLAGS, "flags", "a flag is missing that Megatron cannot do without", flags.missing
     ),
     "refused-flag": Rule(
-        _E, _ON_FLAGS, "flags", "flags that would change what the loss means, or have no effect",
-        settle.refused_flags, essential=True,
+        _E, _ON_FLAGS, "flags", "flags that would change what the loss means, or have no effect"
     ),
     "contradicting-flags": Rule(
         _E, _ON_FLAGS, "flags", "two flags exclude each other", flags.contradicting
@@ -196,10 +195,7 @@ RULES: Final[dict[str, Rule]] = {
         _E, _ON_FLAGS, "data", "a store is missing, half-written, damaged or of another version",
         stores.unreadable,
     ),
-    "rows": Rule(
-        _E, Stage.OPEN, "data", "rows cannot be made of the stores", settle.open_rows,
-        essential=True,
-    ),
+    "rows": Rule(_E, Stage.OPEN, "data", "rows cannot be made of the stores"),
     "tokenizer": Rule(
         _E, _ON_DATA, "data", "a store was made with another tokenizer than the model's",
         stores.other_tokenizer,
@@ -239,12 +235,14 @@ RULES: Final[dict[str, Rule]] = {
     "long-micro-batch": Rule(
         _N, _ON_DATA, "data", "several long rows make a micro-batch", rows.whole_rows_together
     ),
+    "length": Rule(
+        _E, Stage.LENGTH, "flags", "lengths in epochs, or windows of global batches, have no size"
+    ),
     "resume": Rule(
-        _E, _ON_DATA, "checkpoints", "the run cannot resume from what --load holds",
-        checkpoints.cannot_resume, announced=True,
+        _E, Stage.SETTLE, "checkpoints", "the run cannot resume from what --load holds"
     ),
     "megatron-refuses": Rule(
-        _E, Stage.SETTLE, "flags", "Megatron's own validation refuses the flags", settle.settle
+        _E, Stage.SETTLE, "flags", "Megatron's own validation refuses the flags"
     ),
     "epoch": Rule(_N, _ON_MODEL, "data", "what an epoch holds", rows.summary),
     "plan": Rule(

@@ -1,26 +1,24 @@
-"""Asks all rules of a run, stage by stage; stops a run on errors and prints its warnings once.
+"""Asks the rules of a run, stage by stage, and takes the steps between them.
 
 A run asks the same rules as ``megasft doctor``, on every rank, because each rank has its own
-machine; rank 0 prints. A stage that cannot be reached (a store that does not open) leaves its rules
-unchecked, which is said. A rule that fails itself is unchecked too, and said: a broken check must
-not stop a run that would work, but for the checks that a run makes nowhere else.
+machine; rank 0 prints. A rule that fails itself is unchecked, and said: a broken check must not
+stop a run that would work. A step that fails ends the run, which takes it nowhere else.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from megasft.errors import FlagError
+from megasft.errors import MegasftError
 from megasft.severity import Severity, Unchecked
-from megasft.training.datasets import RunData
-from megasft.training.preflight import machine, memory, parameters
+from megasft.training.preflight import memory, parameters
 from megasft.training.preflight.finding import Finding, Hit, Report, in_order
 from megasft.training.preflight.rules import RULES, Rule, Stage
-from megasft.training.preflight.subject import Subject, Wishes
+from megasft.training.preflight.subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -28,120 +26,93 @@ _OURS = logging.getLogger("megasft")
 
 
 @dataclass(slots=True)
-class _Examination:
-    """One pass over all rules."""
+class Examination:
+    """One pass over rules and steps.
+
+    Attributes:
+        subject: The run.
+        in_run: Leave out notes, and what the run says by itself.
+    """
 
     subject: Subject
     in_run: bool
-    findings: list[Finding] = field(default_factory=list)
-    unchecked: list[Unchecked] = field(default_factory=list)
-    num_rules: int = 0
+    _findings: list[Finding] = field(default_factory=list)
+    _unchecked: list[Unchecked] = field(default_factory=list)
+    _num_rules: int = 0
 
     @property
     def has_errors(self) -> bool:
-        return any(finding.severity is Severity.ERROR for finding in self.findings)
+        """Whether a rule of severity error has fired."""
+        return any(finding.severity is Severity.ERROR for finding in self._findings)
+
+    def has(self, rule: str) -> bool:
+        """Say whether a rule has fired."""
+        return any(finding.rule == rule for finding in self._findings)
 
     def ask(self, stage: Stage) -> None:
         """Run the rules of a stage."""
         for name, rule in _rules_of(stage).items():
-            self._ask(name, rule)
+            if rule.check is not None:
+                self._ask(name, rule, rule.check)
 
     def skip(self, stage: Stage, why: str) -> None:
-        self.unchecked.append(Unchecked(tuple(_rules_of(stage)), why))
+        """Leave the rules and steps of a stage unchecked."""
+        self._unchecked.append(Unchecked(tuple(_rules_of(stage)), why))
 
-    def _ask(self, name: str, rule: Rule) -> None:
+    def take(self, name: str, step: Callable[[], None], *, is_said: bool = False) -> bool:
+        """Take a step, and say whether it went well; a refusal is an error of the rule named so.
+
+        Args:
+            name: Of a rule without a check.
+            step: Raises a ``MegasftError`` where it refuses.
+            is_said: Do not repeat its refusal.
+        """
+        refusal = None
+        with _warnings_of_ours(pass_on=self.in_run) as logged:
+            try:
+                step()
+            except MegasftError as error:
+                refusal = Hit.from_message(str(error))
+        self._num_rules += 1
+        if refusal is not None and not is_said:
+            self._found(name, Severity.ERROR, [refusal])
+        self._found(name, Severity.WARNING, map(Hit.from_message, logged))
+        return refusal is None
+
+    def report(self) -> Report:
+        """Return everything found so far, errors first, in the order of the table of rules."""
+        position = {name: number for number, name in enumerate(RULES)}
+        findings = sorted(self._findings, key=lambda finding: position[finding.rule])
+        return Report(
+            in_order(findings), tuple(self._unchecked), self._num_rules, _facts(self.subject)
+        )
+
+    def _ask(self, name: str, rule: Rule, check: Callable[[Subject], Iterable[Hit]]) -> None:
         if self.in_run and rule.severity is Severity.NOTE:
             return
-        had_errors = self.has_errors
         with _warnings_of_ours() as logged:
             try:
-                hits = list(rule.check(self.subject))
+                hits = list(check(self.subject))
             except Exception as error:  # see the module's docstring
-                if rule.essential:
-                    raise
                 why = f"the check failed ({type(error).__name__}: {error})"
-                self.unchecked.append(Unchecked((name,), why))
+                self._unchecked.append(Unchecked((name,), why))
                 logger.debug("rule %s", name, exc_info=True)
                 return
-        self.num_rules += 1
-        if rule.stage is Stage.SETTLE and had_errors:
-            return  # Megatron says again, in its own words, what was found already
-        is_said_later = self.in_run and rule.announced
-        if not (is_said_later and rule.severity is Severity.WARNING):
-            self._found(name, rule, rule.severity, hits)
-        if not is_said_later:
-            self._found(name, rule, Severity.WARNING, map(Hit.from_message, logged))
+        self._num_rules += 1
+        if self.in_run and rule.announced:
+            return
+        self._found(name, rule.severity, hits)
+        self._found(name, Severity.WARNING, map(Hit.from_message, logged))
 
-    def _found(self, name: str, rule: Rule, severity: Severity, hits: Any) -> None:
-        self.findings += [
-            Finding(name, rule.theme, severity, hit.fact, hit.remedy, dict(hit.numbers))
-            for hit in hits
+    def _found(self, name: str, severity: Severity, hits: Iterable[Hit]) -> None:
+        theme = RULES[name].theme
+        self._findings += [
+            Finding(name, theme, severity, hit.fact, hit.remedy, dict(hit.numbers)) for hit in hits
         ]
-
-
-def examine(subject: Subject, *, in_run: bool = False) -> Report:
-    """Ask all rules.
-
-    Args:
-        subject: The run; its flags and machine. The rest of it is filled in.
-        in_run: Leave out notes, and what the run says by itself.
-    """
-    asked = _Examination(subject, in_run)
-    asked.ask(Stage.MACHINE)
-    if subject.flags is None:
-        return _report(asked)
-    asked.ask(Stage.FLAGS)
-    if any(finding.rule == "store" for finding in asked.findings):
-        asked.skip(Stage.OPEN, "a store cannot be read")
-    else:
-        asked.ask(Stage.OPEN)
-    if subject.opened is None:
-        for stage in (Stage.DATA, Stage.SETTLE, Stage.MODEL):
-            asked.skip(stage, "there are no rows, see the errors")
-        return _report(asked)
-    asked.ask(Stage.DATA)
-    asked.ask(Stage.SETTLE)
-    if subject.validated is None:
-        asked.skip(Stage.MODEL, "Megatron does not accept the flags, see the errors")
-    else:
-        asked.ask(Stage.MODEL)
-    return _report(asked)
-
-
-def require(args: Any) -> RunData:
-    """Check a run before it starts, and return the stores and rows it trains on.
-
-    Args:
-        args: Megatron's flags and ours, as parsed.
-
-    Raises:
-        FlagError: Something is wrong; all of it, with the remedies.
-    """
-    subject = Subject(machine.look(), Wishes(), args)
-    report = examine(subject, in_run=True)
-    for finding in report.of(Severity.WARNING):
-        logger.warning("%s", finding.message)
-    for item in report.unchecked if subject.validated is not None else ():
-        logger.warning("not checked: %s, since %s", ", ".join(item.rules), item.why)
-    errors = report.of(Severity.ERROR)
-    if len(errors) == 1:
-        raise FlagError(errors[0].message)
-    if errors:
-        listed = "\n".join(f"  {n}. {error.message}" for n, error in enumerate(errors, 1))
-        raise FlagError(f"{len(errors)} things are wrong with this run:\n{listed}")
-    return subject.data
 
 
 def _rules_of(stage: Stage) -> dict[str, Rule]:
     return {name: rule for name, rule in RULES.items() if rule.stage is stage}
-
-
-def _report(asked: _Examination) -> Report:
-    position = {name: number for number, name in enumerate(RULES)}
-    findings = sorted(asked.findings, key=lambda finding: position[finding.rule])
-    return Report(
-        in_order(findings), tuple(asked.unchecked), asked.num_rules, _facts(asked.subject)
-    )
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
@@ -177,9 +148,16 @@ class _Collector(logging.Handler):
 
 
 @contextmanager
-def _warnings_of_ours() -> Iterator[list[str]]:
-    """Collect what our loggers would print meanwhile; a check is no announcement."""
+def _warnings_of_ours(*, pass_on: bool = False) -> Iterator[list[str]]:
+    """Collect what our loggers would print meanwhile, or let them print; a check announces nothing.
+
+    Args:
+        pass_on: Let them print.
+    """
     collector, handlers, propagates = _Collector(), _OURS.handlers[:], _OURS.propagate
+    if pass_on:
+        yield collector.messages
+        return
     _OURS.handlers[:], _OURS.propagate = [collector], False
     try:
         yield collector.messages

@@ -1,9 +1,9 @@
 """What rules look at: the flags, the machine, then the rows, then what Megatron makes of the flags.
 
-It fills up as preflight goes on, and a rule says which of it it needs (``rules.py``). Flags come in
-two states: as parsed, with what the user left out missing, and ``settled``, a copy that went
-through Megatron's own validation, with every default derived. Rules on wrong flags read the first,
-because the second does not exist when a flag is wrong.
+It fills up as the run starts (``run/start.py``), and a rule says which of it it needs
+(``rules.py``). Flags come in two states: as parsed, with what the user left out missing, and
+``settled``, a copy that went through Megatron's own validation, with every default derived. Rules
+on wrong flags read the first, because the second does not exist when a flag is wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megasft.packing.cost_window import CostWindow
 from megasft.training.datasets import RunData
 from megasft.training.preflight.machine import Machine
 
@@ -37,6 +38,8 @@ class Subject:
         wishes: What the doctor was told besides.
         flags: Megatron's flags and ours, as parsed; None when the machine alone is looked at.
         opened: Stores and rows, once they could be opened.
+        window: How far rows may move to even out global batches, once there are rows.
+        is_over: It has ended already: there is nothing to check, and nothing to do.
         validated: A copy of the flags after Megatron's validation, once it accepts them.
         config: Megatron's configuration of the model, once it accepts that.
     """
@@ -45,6 +48,8 @@ class Subject:
     wishes: Wishes
     flags: Any = None
     opened: RunData | None = None
+    window: CostWindow | None = None
+    is_over: bool = False
     validated: Any = None
     config: Any = None
 

@@ -68,22 +68,16 @@ def save(*, folder: str, flags: list[str], world_size: int, iteration: int, cons
     """Write what Megatron keeps beside tensors; flags go the way of ``pretrain_sft.run``."""
     import torch
     from megatron.training import global_vars
-    from megatron.training.arguments import validate_args
     from megatron.training.training import get_optimizer_param_scheduler
 
-    from megasft.training import arguments, datasets, resume, row_order, run_length
+    from megasft.run import start
+    from megasft.training import arguments, resume
     from megasft.training.replay import batch_sizes
 
     os.environ["WORLD_SIZE"] = str(world_size)
     with redirect_stdout(io.StringIO()):
         args = arguments.parse(flags)
-        arguments.check(args)
-        data = datasets.open_data(args)
-        window = row_order.cost_window(args)
-        run_length.apply(args, data.train.plan)
-        resume.check(args, row_order.identity(data.train.plan, window))
-        validate_args(args)
-        datasets.set_eval_iters(args, data)
+        start.settle(args)
         global_vars.set_args(args)
         with batch_sizes(args):
             scheduler = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[{}]))

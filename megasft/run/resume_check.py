@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from megasft.errors import FlagError
-from megasft.training import arguments, datasets, resume, row_order, run_length
+from megasft.run import start
+from megasft.training import datasets, resume
 from megasft.training.replay import batch_size_at, batch_sizes, check_batches, position_after
 from megasft.training.resume_proof import Proof, epoch_at, prove_rows
 from megasft.training.saved_flags import FlagReader, complete, merge
@@ -90,9 +91,11 @@ def open_resume(
             "resumed; drop it"
         )
     args.load, args.ckpt_step = str(folder.parent), int(folder.name.removeprefix("iter_"))
-    data = _validate(args)
+    begun = start.settle(args)
+    with _refusals("Megatron refuses these flags"), batch_sizes(args):
+        pass
     old = complete(state["args"], reader)
-    resumed = Resume(folder, state, old, args, data, changed)
+    resumed = Resume(folder, state, old, args, begun.data, changed)
     _ask_megatron(resumed)
     return resumed
 
@@ -111,24 +114,6 @@ def _folder(checkpoint: Path) -> Path:
     if folder.name == resume.RELEASE:
         raise FlagError(f"{checkpoint} is a converted model; there is no run to resume")
     return folder.absolute()
-
-
-def _validate(args: Any) -> datasets.RunData:
-    """Check flags and plan rows in the order of ``pretrain_sft.run``."""
-    from megatron.training.arguments import validate_args
-
-    arguments.check(args)
-    data = datasets.open_data(args)
-    window = row_order.cost_window(args)
-    run_length.apply(args, data.train.plan)
-    resume.check(args, row_order.identity(data.train.plan, window))
-    resume.follow_new_length(args)
-    with _refusals("Megatron refuses these flags"), redirect_stdout(io.StringIO()):
-        validate_args(args)
-        with batch_sizes(args):
-            pass
-    datasets.check_length(args, data)
-    return data
 
 
 @contextmanager

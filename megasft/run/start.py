@@ -1,0 +1,192 @@
+"""The start of a run, the only one: what is checked, opened and settled before Megatron begins.
+
+Training, ``megasft doctor``, ``megasft resume-check`` and proofs go through it, so what one refuses
+the others refuse, in the same words and order. It is a row of steps. A step changes flags, opens
+data or asks Megatron; preflight's rules are asked between them, as soon as what they look at is
+there. A step's refusal is an error of the rule of its name, and what needs it is left unchecked,
+which is said.
+
+Steps change a copy of the flags: rules on flags as a user gave them read the first, the run goes on
+with the second.
+"""
+
+from __future__ import annotations
+
+import io
+import linecache
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from copy import deepcopy
+from typing import Any
+
+from megasft.errors import FlagError, MegasftError
+from megasft.severity import Severity
+from megasft.training import arguments, datasets, resume, row_order, run_length, saving
+from megasft.training.preflight import machine
+from megasft.training.preflight.finding import Report
+from megasft.training.preflight.parallel import sizes_are_positive
+from megasft.training.preflight.rules import Stage
+from megasft.training.preflight.run import Examination
+from megasft.training.preflight.subject import Subject, Wishes
+
+logger = logging.getLogger("megasft")
+
+
+def begin(args: Any) -> Subject:
+    """Start a run: return everything it needs, and say what it warns of.
+
+    Args:
+        args: Megatron's flags and ours, as parsed.
+
+    Raises:
+        FlagError: Something is wrong; all of it, with the remedies.
+    """
+    run = Subject(machine.look(), Wishes(), args)
+    report = examine(run, in_run=True)
+    for finding in report.of(Severity.WARNING):
+        logger.warning("%s", finding.message)
+    for item in report.unchecked if run.validated is not None else ():
+        logger.warning("not checked: %s, since %s", ", ".join(item.rules), item.why)
+    errors = [error.message for error in report.of(Severity.ERROR)]
+    if errors:
+        raise FlagError(_listed(errors))
+    return run
+
+
+def examine(run: Subject, *, in_run: bool = False) -> Report:
+    """Take all steps and ask all rules, as far as they can be reached.
+
+    Args:
+        run: Its flags and machine; the rest of it is filled in.
+        in_run: Leave out notes, and let steps print what they have to say.
+    """
+    asked = Examination(run, in_run)
+    asked.ask(Stage.MACHINE)
+    if run.flags is None or saving.is_over(run.args):
+        run.is_over = run.flags is not None
+        return asked.report()
+    asked.ask(Stage.FLAGS)
+    asked.take("refused-flag", lambda: arguments.check(run.args))
+    if asked.has("store"):
+        asked.skip(Stage.OPEN, "a store cannot be read")
+    else:
+        asked.take("rows", lambda: _open(run))
+    if run.opened is None:
+        for stage in (Stage.DATA, Stage.LENGTH, Stage.SETTLE, Stage.MODEL):
+            asked.skip(stage, "there are no rows, see the errors")
+        return asked.report()
+    asked.ask(Stage.DATA)
+    args = deepcopy(run.args)
+    if not asked.take("length", lambda: _set_length(run, args)):
+        for stage in (Stage.SETTLE, Stage.MODEL):
+            asked.skip(stage, "the run has no length, see the errors")
+        return asked.report()
+    if saving.is_over(args):
+        run.is_over = True
+        return asked.report()
+    has_errors = asked.has_errors
+    asked.take("resume", lambda: _follow_checkpoint(run, args))
+    # Megatron says again, in its own words, what was found already.
+    asked.take("megatron-refuses", lambda: _accept(run, args, prints=in_run), is_said=has_errors)
+    if run.validated is None:
+        asked.skip(Stage.MODEL, "Megatron does not accept the flags, see the errors")
+    else:
+        asked.ask(Stage.MODEL)
+    return asked.report()
+
+
+def settle(args: Any) -> Subject:
+    """Take the steps without the rules: on flags of a checkpoint, which were asked already.
+
+    Args:
+        args: Megatron's flags and ours, as parsed or saved; they are changed.
+
+    Raises:
+        MegasftError: What the first step that refuses says.
+    """
+    run = Subject(machine.look(), Wishes(), args)
+    arguments.check(args)
+    _open(run)
+    _set_length(run, args)
+    _follow_checkpoint(run, args)
+    _accept(run, args, prints=False)
+    return run
+
+
+def accept(args: Any, data: datasets.RunData | None = None, *, prints: bool = False) -> Any:
+    """Let Megatron validate flags, and return its configuration of the model.
+
+    Args:
+        args: Megatron's flags and ours; every default is derived.
+        data: What is trained and validated on, for a run that trains.
+        prints: Print what Megatron does: all flags, one a line.
+
+    Raises:
+        FlagError: Megatron refuses the flags, in its words.
+    """
+    from megatron.training.arguments import validate_args
+
+    from megasft.training.model import model_config
+
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            validate_args(args)
+        if data is not None:
+            datasets.check_length(args, data)
+            datasets.set_eval_iters(args, data)
+        config = model_config(args)
+    except MegasftError:
+        raise
+    except (Exception, SystemExit) as error:  # Megatron asserts, raises and exits as it likes
+        said = printed.getvalue().strip().splitlines() if isinstance(error, SystemExit) else []
+        raise FlagError(
+            f"Megatron refuses these flags: {said[-1] if said else _words_of(error)}; change the "
+            "flags it names (`python -m megasft.pretrain_sft --help` explains each)"
+        ) from error
+    if prints:
+        sys.stdout.write(printed.getvalue())
+    return config
+
+
+def _open(run: Subject) -> None:
+    """Open the stores and plan their rows, unless a rule has said already why that fails."""
+    args = run.args
+    if args.megasft_data and args.seq_length and sizes_are_positive(args):
+        run.opened = datasets.open_data(args)
+
+
+def _set_length(run: Subject, args: Any) -> None:
+    run.window = row_order.cost_window(args)
+    run_length.apply(args, run.data.train.plan)
+    saving.apply(args)
+
+
+def _follow_checkpoint(run: Subject, args: Any) -> None:
+    resume.check(args, row_order.identity(run.data.train.plan, run.window))
+    saving.check_steps_left(args)
+    resume.follow_new_length(args)
+
+
+def _accept(run: Subject, args: Any, *, prints: bool) -> None:
+    run.config = accept(args, run.data, prints=prints)
+    run.validated = args
+
+
+def _words_of(error: BaseException) -> str:
+    """Return the message of an error, or the assertion itself where it has none."""
+    if str(error).strip():
+        return " ".join(str(error).split())
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    line = linecache.getline(last.filename, last.lineno or 0).strip()
+    return f"{type(error).__name__} at `{line}`"
+
+
+def _listed(errors: Sequence[str]) -> str:
+    if len(errors) == 1:
+        return errors[0]
+    lines = "\n".join(f"  {number}. {error}" for number, error in enumerate(errors, 1))
+    return f"{len(errors)} things are wrong with this run:\n{lines}"
