@@ -3,8 +3,8 @@
 Usage: torchrun --nproc-per-node N -m tests.megatron.saving_worker RUNS.json, a list of
 {"flags": [...], "ranks": [R, ...], "step": S, "event": "usr1" | "term" | "disk-full" | "unmark"
 | null}, where the last takes ``complete.json`` away before the run.
-What became of each run is written beside it: I-RANK.json with the exit code or the error; that of
-rank 0 names the files of ``--save`` that the run changed.
+What became of each run is written beside it: I-RANK.json with the exit code or the error, and how
+many processes the rank has started; that of rank 0 names the files of ``--save`` that it changed.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megasft.errors import MegasftError
@@ -82,6 +83,7 @@ def main() -> None:
         except MegasftError as error:
             outcome["error"] = f"{type(error).__name__}: {error}"
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        outcome["processes"] = len(psutil.Process().children())
         rank = torch.distributed.get_rank()
         if rank == 0:
             after = files_in(folder)

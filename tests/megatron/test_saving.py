@@ -30,6 +30,7 @@ class Outcomes(NamedTuple):
 
     folder: Path
     of: dict[str, list[dict[str, Any]]]
+    processes: dict[str, list[int]]
     complete: dict[str, bool]
     changed: dict[str, list[str]]
     output: str
@@ -83,10 +84,11 @@ def outcomes(world: World) -> Outcomes:
     output = torchrun(2, "-m", "tests.megatron.saving_worker", str(listing))
     read = lambda i, rank: json.loads((folder / f"{i}-{rank}.json").read_text())  # noqa: E731
     of = {name: [read(i, rank) for rank in (0, 1)] for i, name in enumerate(runs)}
+    processes = {name: [rank.pop("processes") for rank in ranks] for name, ranks in of.items()}
     complete, changed = (
         {name: of[name][0].pop(fact) for name in of} for fact in ("is_complete", "changed")
     )
-    return Outcomes(folder, of, complete, changed, output)
+    return Outcomes(folder, of, processes, complete, changed, output)
 
 
 def without_length(flags: list[str]) -> list[str]:
@@ -131,6 +133,12 @@ def test_a_signal_on_one_rank_saves_on_all_and_exits_with_0(
     assert losses(world, "told") | losses(world, "told-resumed") == pytest.approx(
         straight, rel=2e-5
     )
+
+
+def test_saving_starts_no_process(outcomes: Outcomes) -> None:
+    """Megatron would start one on each rank, which imports torch and the program again."""
+    assert outcomes.processes == {name: [0, 0] for name in outcomes.of}
+    assert iterations(outcomes.folder / "frozen") == [3]
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint_and_says_so(
