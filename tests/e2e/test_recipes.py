@@ -17,7 +17,7 @@ import yaml
 
 from tests.megatron.runs import ROOT, torchrun
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WHOLE_ROAD = "qwen3_30b_a3b"
 

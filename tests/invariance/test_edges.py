@@ -47,9 +47,7 @@ EDGES = {
 }
 
 LAYOUTS = (
-    Layout(2, cp=2),
     Layout(2),
-    Layout(2, tp=2, sp=True),
     Layout(4, cp=4),
     Layout(4, tp=2, sp=True, cp=2),
 )

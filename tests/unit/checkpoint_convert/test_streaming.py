@@ -287,6 +287,7 @@ def test_another_number_of_experts_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_large_models_take_little_memory_and_survive_kill_9() -> None:
     """0.6 GB both ways; ``tools/bench_convert.py`` alone does 2 GB, see the README's figures."""
     result = subprocess.run(
