@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, Final, NoReturn
 
 from megasft.errors import FlagError
+from megasft.training.unknown_flags import OTHER_NAMES, other_name
 
 SECTIONS: Final = (
     *("launch", "model", "data", "loss", "parallel", "optim", "checkpoint", "log", "eval"),
@@ -149,6 +150,8 @@ class Catalog:
             )
         if key == _key(_HF_FLAG):
             raise FlagError("megasft_hf is model.hf here")
+        if key in OTHER_NAMES:
+            raise FlagError(f"unknown key {key}; {other_name(key, _home(section, key))}")
         raise FlagError(f"unknown key {key}{self._nearest(section, key)}")
 
     def _nearest(self, section: str, key: str) -> str:
@@ -261,6 +264,14 @@ def launch_keys() -> dict[tuple[str, str], str]:
 def _if_in(part: str, key: str, kind: str, text: str) -> Iterator[tuple[str, str, str]]:
     if part in key:
         yield key, kind, " ".join(text.split())
+
+
+def _home(section: str, other: str) -> str:
+    """Return the key that says here what a name of another tool says there."""
+    flag = OTHER_NAMES[other]
+    named = {spelled: place for place, spelled in SHORT_NAMES.items()} | {_HF_FLAG: ("model", "hf")}
+    anywhere = "optim" if section == LAUNCH else section
+    return ".".join(named.get(flag, (anywhere, _key(flag).removeprefix("megasft_"))))
 
 
 def _key(option: str) -> str:

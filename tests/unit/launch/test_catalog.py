@@ -1,12 +1,14 @@
 """Keys become the flags they are named after: every flag of Megatron, and none that it has not."""
 
 import argparse
+import re
 from typing import Any
 
 import pytest
 
 from megasft.errors import FlagError
 from megasft.launch.catalog import Catalog, Spelling
+from megasft.training.unknown_flags import NOTES, OTHER_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,11 @@ def test_every_flag_of_the_parser_has_a_key(catalog: Catalog) -> None:
         ("optim.nproc_per_node", r"nproc_per_node belongs in the section launch, not in optim"),
         ("launch.seq_length", r"seq_length is a flag of the training, and launch is about"),
         ("model.megasft_hf", r"megasft_hf is model\.hf here"),
+        ("optim.learning_rate", r"unknown key learning_rate; here it is optim\.lr$"),
+        ("launch.max_steps", r"unknown key max_steps; here it is optim\.train_iters$"),
+        ("optim.num_train_epochs", r"unknown key num_train_epochs; here it is optim\.epochs$"),
+        ("data.model_name_or_path", r"unknown key model_name_or_path; here it is model\.hf$"),
+        ("model.dataset_name", r"here it is data\.store \(a store made by `megasft build`\)$"),
         ("log.zzzzqqqq", r"unknown key zzzzqqqq; `megasft train --keys PART` lists"),
     ],
 )
@@ -114,6 +121,22 @@ def test_an_unknown_or_misplaced_key_is_told_where_to_go(
     section, _, key = name.partition(".")
     with pytest.raises(FlagError, match=message):
         catalog.find(section, key)
+
+
+def test_names_of_other_tools_are_none_of_ours_and_lead_to_flags_there_are(
+    catalog: Catalog,
+) -> None:
+    for other, flag in OTHER_NAMES.items():
+        assert other not in catalog._spellings
+        with pytest.raises(FlagError) as refused:
+            catalog.find("data", other)
+        said = re.search(r"here it is (\w+)\.(\w+)", str(refused.value))
+        assert said is not None, other
+        if flag == "--megasft-hf":
+            assert said.groups() == ("model", "hf")
+        else:
+            assert catalog.find(*said.groups()).option == flag
+    assert NOTES.keys() < OTHER_NAMES.keys()
 
 
 @pytest.mark.parametrize(

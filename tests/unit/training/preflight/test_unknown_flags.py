@@ -25,6 +25,12 @@ def parser() -> argparse.ArgumentParser:
         ("--global_batch_size 8", "the nearest is --global-batch-size$"),
         ("--megasft-data a b --zzz", "^--zzz is no flag of Megatron or megasft; --help lists all$"),
         ("--seq-lenght 5 --global-batch 8", "--seq-length. --global-batch is no flag"),
+        ("--learning-rate 1e-5", "^--learning-rate is no flag of .*; here it is --lr$"),
+        ("--output_dir x", "^--output_dir is no flag of .*; here it is --save$"),
+        (
+            "--gradient-accumulation-steps 4",
+            r"here it is --global-batch-size \(the micro-batch size x data-parallel ranks x these",
+        ),
         ("512", "^512 belongs to no flag"),
         ("--seq-length 5k", "argument --seq-length: invalid int value: '5k'; see"),
         ("--seq-length", "argument --seq-length: expected one argument"),
