@@ -41,7 +41,7 @@ def train(
 
         data: {store: store, seq_length: 32768, micro_batch_size: 1, global_batch_size: 64}
 
-        loss: {objective: turn, calculate_per_token_loss: true}
+        loss: {objective: turn}
 
         parallel: {tensor_model_parallel_size: 4, context_parallel_size: 2, sequence_parallel: true}
 

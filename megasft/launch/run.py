@@ -177,7 +177,8 @@ def _argv(settings: Iterable[Setting], catalog: Catalog) -> list[str]:
                 f"({other.place}) sets already; drop one of them"
             )
         argv += flags
-    return argv
+    # The only thing the loss function works with; false is left to the checks, which say why.
+    return argv if "calculate_per_token_loss" in first else [*argv, "--calculate-per-token-loss"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

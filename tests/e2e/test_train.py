@@ -25,7 +25,6 @@ RUN_YAML = """
 launch: {nproc_per_node: 2, cpu: true}
 model: {hf: hf, cache: cache, verify: false}
 data: {store: store, seq_length: 96, micro_batch_size: 1, global_batch_size: 8, seed: 11}
-loss: {calculate_per_token_loss: true}
 optim: {train_iters: %d, lr: 1e-3, clip_grad: 1.0}
 checkpoint: {save_interval: 2}
 log: {log_interval: 1, tensorboard_log_interval: 1}

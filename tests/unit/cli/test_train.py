@@ -65,5 +65,5 @@ def test_keys_are_found_by_a_part_of_their_name(megasft: Callable[..., Seen]) ->
 
 def test_help_shows_a_whole_file(megasft: Callable[..., Seen]) -> None:
     seen = megasft("train", "--help")
-    assert "calculate_per_token_loss: true" in seen.out and "--dry-run" in seen.out
+    assert "loss: {objective: turn}" in seen.out and "--dry-run" in seen.out
     assert megasft("train").code == 1

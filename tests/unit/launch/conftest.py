@@ -26,8 +26,6 @@ data:
   seq_length: 96
   micro-batch-size: 1
   global_batch_size: 8
-loss:
-  calculate_per_token_loss: true
 optim:
   train_iters: 4
   lr: 1e-3

@@ -31,6 +31,9 @@ def test_the_flags_are_those_of_the_file_and_of_the_model(resolved: Callable[...
     assert (args.hidden_size, args.swiglu, args.megasft_data) == (64, True, ["store"])
     assert args.load == args.save == "ckpt/run"  # checkpoint.resume: auto
     assert args.pretrained_checkpoint == "converted"
+    assert args.calculate_per_token_loss, "which nobody need say"
+    given = resolved("loss.calculate_per_token_loss=true").argv
+    assert given.count("--calculate-per-token-loss") == 1
 
 
 def test_the_first_start_may_come_from_another_checkpoint(resolved: Callable[..., Run]) -> None:
