@@ -125,11 +125,23 @@ def read_model(folder: Path) -> Model:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ConversionError(f"{folder} has no config.json; give a Hugging Face model folder")
+        raise ConversionError(f"{folder} {_what_is_missing(folder)}")
     written: dict[str, Any] = orjson.loads(path.read_bytes())
     family = _family(written, path)
     _require_known(written, family, path)
     return _map(written, _with_defaults(folder), family, path)
+
+
+def _what_is_missing(folder: Path) -> str:
+    """Say what to give instead of a folder without ``config.json``."""
+    if folder.is_dir():
+        return "has no config.json; give a Hugging Face model folder"
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parent.exists():
+        return "is not there; give a Hugging Face model folder"
+    return (
+        "is not a folder here; if it is a model of huggingface.co, fetch it first: hf download "
+        f"{folder} --local-dir {folder.name}, and give {folder.name}"
+    )
 
 
 def _with_defaults(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,24 @@ def read(folder: Path, config: dict[str, Any]) -> Model:
     return read_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (".", r"has no config\.json; give a Hugging Face model folder"),
+        ("absent", "absent is not there; give"),
+        ("here/absent", "here/absent is not there; give"),
+        ("Qwen/Qwen3-8B", "hf download Qwen/Qwen3-8B --local-dir Qwen3-8B, and give Qwen3-8B$"),
+    ],
+)
+def test_what_is_no_folder_of_a_model_leads_to_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ConversionError, match=said):
+        read_model(Path(name))
+
+
 def test_llama_3_becomes_these_flags(tmp_path: Path) -> None:
     model = read(tmp_path, LLAMA3)
     assert " ".join(model.flags) == (

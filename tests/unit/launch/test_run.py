@@ -88,7 +88,7 @@ def test_a_wrong_configuration_is_one_error_before_anything_starts(
 
 
 def test_a_folder_that_holds_no_model_is_named_with_its_line(resolved: Callable[..., Run]) -> None:
-    with pytest.raises(ConversionError, match=r"model.hf: absent has no config.json"):
+    with pytest.raises(ConversionError, match=r"model.hf: absent is not there; give a Hug"):
         resolved("model.hf=absent")
 
 
