@@ -65,8 +65,7 @@ def examine(run: Subject, *, in_run: bool = False) -> Report:
     """
     asked = Examination(run, in_run)
     asked.ask(Stage.MACHINE)
-    if run.flags is None or saving.is_over(run.args):
-        run.is_over = run.flags is not None
+    if run.flags is None or _is_over(asked, run.args):
         return asked.report()
     asked.ask(Stage.FLAGS)
     asked.take("refused-flag", lambda: arguments.check(run.args))
@@ -84,8 +83,7 @@ def examine(run: Subject, *, in_run: bool = False) -> Report:
         for stage in (Stage.SETTLE, Stage.MODEL):
             asked.skip(stage, "the run has no length, see the errors")
         return asked.report()
-    if saving.is_over(args):
-        run.is_over = True
+    if _is_over(asked, args):
         return asked.report()
     has_errors = asked.has_errors
     asked.take("resume", lambda: _follow_checkpoint(run, args))
@@ -150,6 +148,14 @@ def accept(args: Any, data: datasets.RunData | None = None, *, prints: bool = Fa
     if prints:
         sys.stdout.write(printed.getvalue())
     return config
+
+
+def _is_over(asked: Examination, args: Any) -> bool:
+    """Say whether a run has ended already; then nothing about it need be checked."""
+    is_over = asked.subject.is_over = saving.is_over(args)
+    if is_over:
+        asked.say("complete", f"the run is complete: {args.save} holds its last checkpoint")
+    return is_over
 
 
 def _open(run: Subject) -> None:

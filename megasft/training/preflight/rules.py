@@ -238,6 +238,9 @@ RULES: Final[dict[str, Rule]] = {
     "length": Rule(
         _E, Stage.LENGTH, "flags", "lengths in epochs, or windows of global batches, have no size"
     ),
+    "complete": Rule(
+        _N, Stage.LENGTH, "checkpoints", "the run has ended already, and nothing is left to do"
+    ),
     "resume": Rule(
         _E, Stage.SETTLE, "checkpoints", "the run cannot resume from what --load holds"
     ),

@@ -85,6 +85,22 @@ def test_a_flag_nobody_knows_is_one_line_with_the_nearest(megasft: Doctor, world
     )
 
 
+@pytest.mark.parametrize("length", [{"train_iters": 30}, {"megasft_epochs": 1}])
+def test_a_complete_run_is_said_to_be_complete_and_not_checked(
+    megasft: Doctor, world: World, tmp_path: Path, length: dict[str, object]
+) -> None:
+    """Where the length is in epochs it is known once there are rows: 81 of them, 21 steps of 4."""
+    last = 30 if "train_iters" in length else 21
+    (tmp_path / f"iter_{last:07d}").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(last))
+    (tmp_path / "complete.json").write_text(json.dumps({"iteration": last}))
+    place = {"save": tmp_path, "load": tmp_path, "train_iters": None}
+    seen = megasft("doctor", *world.flags(**(place | length)))
+    assert seen.code == 0, seen.out
+    assert f"note    complete: the run is complete: {tmp_path} holds its last" in seen.out
+    assert "not-saved" not in seen.out and "resume" not in seen.out
+
+
 def test_json_goes_to_stdout_alone_where_that_is_asked(megasft: Doctor, world: World) -> None:
     seen = megasft("doctor", "--json", "-", *world.flags())
     facts = json.loads(seen.out)["facts"]
