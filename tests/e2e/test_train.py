@@ -193,6 +193,7 @@ def files_of(*folders: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
+@pytest.mark.long
 def test_a_finished_run_given_again_changes_nothing_and_with_more_steps_goes_on(
     folder: Path, finished: float
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_finished_run_given_again_changes_nothing_and_with_more_steps_goes_on(
     assert files_of(*places) == before
     text = said(folder, "again")
     assert "the run is complete: " in text and "exported already" in text
+    assert "is converted already" in text
 
     longer = start(folder, "longer", *FINISHED, f"optim.train_iters={STEPS + 2}", board="killed")
     assert longer.wait(300) == 0, said(folder, "longer")[-4000:]

@@ -8,7 +8,7 @@ from tests.megatron.runs import torchrun
 
 pytestmark = pytest.mark.slow
 
-NUM_CASES = 200
+NUM_CASES = 120
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def test_ring_and_its_three_gradients_equal_the_float64_definition(
     """A wrong rectangle or a gradient that comes home to another rank is a wrong model, silently.
 
     Mirrors ``AttnFuncWithCPAndKVP2P`` of Transformer Engine, which Megatron 0.19.2 uses for the
-    same purpose; 200 random document sets over gloo, grouped heads 1, 4 and 8, query and value
+    same purpose; 120 random document sets over gloo, grouped heads 1, 4 and 8, query and value
     heads of different size, sliding windows, float32; ``all_gather`` and ``sdpa`` on some of them.
     Does not cover NCCL, CUDA kernels or bf16 (tests/gpu). One rank: tests/unit/attention.
     """
     errors = dict(found[cp_size])
     assert errors.pop("rows") == NUM_CASES
-    assert errors.pop("windows") > 20 and errors.pop("single_document") == 20
-    assert errors.pop("shortest_document") > 50
+    assert errors.pop("windows") > 12 and errors.pop("single_document") == 12
+    assert errors.pop("shortest_document") > 30
     assert set(errors) == {f"{n} {w}" for n in ("ring", "all_gather", "sdpa")
                           for w in ("out", "dq", "dk", "dv")}  # fmt: skip
     assert max(errors.values()) < 1e-5, errors

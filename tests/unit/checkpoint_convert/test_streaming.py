@@ -309,6 +309,7 @@ def test_large_models_take_little_memory_and_survive_kill_9() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_write_what_one_does(tmp_path: Path, small_units: None) -> None:
     """Several units and shards for each, and every file bit by bit the same.
 

@@ -126,14 +126,14 @@ def test_a_run_that_changes_nothing_gives_back_the_model_it_started_from(tmp_pat
 
     Mirrors ``save_checkpoint`` (Megatron 0.19.2) with optimizer state in the same files. A learning
     rate of 0 leaves every bit alone, the bias of a router included; ``test_converted_families``
-    covers that weights matter. Started by torchrun itself, as users do.
+    covers that weights matter.
     """
     write_store(tmp_path / "store", random_samples(20, seed=1, vocab=98), vocab_size=98)
     for name in LAYOUTS:
         hf_to_megatron.convert(save(name, tmp_path / f"{name}_hf"), tmp_path / name)
     still = ("--train-iters", 1, "--lr", 0, "--save-interval", 1, "--use-distributed-optimizer")
     runs = [run_flags(tmp_path, name, *still, *layout) for name, layout in LAYOUTS.items()]
-    train(2, runs, tmp_path / "logs", is_warm=False)
+    train(2, runs, tmp_path / "logs")
     for name in LAYOUTS:
         run, hf, back = (tmp_path / f"{name}_{part}" for part in ("run", "hf", "back"))
         entries = FileSystemReader(run / "iter_0000001").read_metadata()

@@ -330,6 +330,7 @@ def test_tokens_whose_experts_are_a_matter_of_rounding_are_found(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_by_layer_needs_the_memory_of_a_layer_and_tells_ties_from_faults(tmp_path: Path) -> None:
     """A model of 400 MB in float32, in layers of 25 MB; and one with routers near a tie.
 

@@ -13,9 +13,9 @@ from megasft.errors import FlagError
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, *flags: str) -> tuple[int, str]:
+def run(folder: Path, *flags: str, layouts: str = "CP 2") -> tuple[int, str]:
     outputs = ("--report", str(folder / "proof.md"), "--json", str(folder / "proof.json"))
-    quick = ("--model", "qwen3", "--layouts", "CP 2", "--max-ranks", "2")
+    quick = ("--model", "qwen3", "--layouts", layouts, "--max-ranks", "2")
     result = CliRunner().invoke(app, ["prove", *quick, *outputs, *flags])
     if isinstance(result.exception, FlagError):
         raise result.exception
@@ -37,7 +37,7 @@ def test_it_holds_and_leaves_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("defect", ["cp-seam", "double-count", "per-row-mean", "token-divisor"])
 def test_a_known_defect_makes_it_exit_1(tmp_path: Path, defect: str) -> None:
-    code, output = run(tmp_path, "--break", defect)
+    code, output = run(tmp_path, "--break", defect, layouts="gather")
 
     assert code == 1, output
     verdicts = json.loads((tmp_path / "proof.json").read_text())
