@@ -213,7 +213,7 @@ def test_a_job_that_would_lack_its_variables_is_refused(
         (["env.MY_KEY=given-as-it-is-5"], "unknown section env"),
         (["launch.envs.MY_KEY=given-as-it-is-5"], "unknown key envs"),
         (["optim.lr=${oc.env:FAKE_KEY}"], r"invalid float value: '\$\{oc.env:FAKE_KEY\}'"),
-        (["model.hf=${launch.env.HF_TOKEN}"], r"model.hf: \$\{oc.env:HF_TOKEN\} has no config"),
+        (["model.hf=${launch.env.HF_TOKEN}"], r"model.hf: \$\{oc.env:HF_TOKEN\} is not there"),
     ],
 )
 def test_an_error_names_a_secret_and_does_not_show_it(
