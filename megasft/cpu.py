@@ -11,13 +11,15 @@ fused ops) or the rounding of bf16 on a GPU. It proves arithmetic and communicat
 (a ``TorchFunctionMode``), gives ``torch.cuda`` the stand-ins Megatron asks for, and leaves
 ``torch.compile`` and ``jit.script`` out, because both ask for the accelerator. On a machine with
 CUDA it patches nothing. ``skip_missing_makefile()`` is the one repair a GPU machine needs too, and
-``remember_docstrings()`` is for processes that train hundreds of tiny models, wherever they run.
+``remember_docstrings()`` is for processes that train hundreds of tiny models, and
+``collect_writes_here()`` for ranks that save, wherever they run.
 Patching beats a fork of Megatron: users run the wheel they train with. Monkey patches anywhere else
 are refused in review.
 """
 
 import logging
 import os
+import queue
 import sys
 from collections.abc import Callable, Collection
 from contextlib import contextmanager, nullcontext
@@ -330,6 +332,17 @@ def skip_missing_makefile() -> None:
     has_makefile = (Path(utils.__file__).parent / "Makefile").exists()
     if not has_makefile and find_spec("megatron.core.datasets.helpers_cpp"):
         utils.compile_helpers = _returning(None)
+
+
+def collect_writes_here() -> None:
+    """Let the threads that write a checkpoint leave what they wrote in a queue of this process.
+
+    Megatron 0.19 makes the queue a process of its own, as writers that are processes need
+    (``--async-save``). Each rank starts one at its first save, which imports the program again.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
 
 
 def remember_docstrings() -> None:

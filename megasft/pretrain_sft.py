@@ -65,7 +65,8 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
         hooks.install(model.transformer, args, batches, report, probe)
         config = pretrain_cfg_container_from_args(args, model)
         keeper.spare_last_save(config.checkpoint)
-        saving.collect_writes_here(args)
+        if args.save and not args.async_save:
+            cpu.collect_writes_here()
         with saving.ends_by_signal(args), saving.explains_failed_saves(args), keeper, report:
             pretrain(
                 config,

@@ -10,7 +10,6 @@ checkpoints does, which is gone while a run goes on.
 """
 
 import logging
-import queue
 import shutil
 import signal
 import traceback
@@ -77,19 +76,6 @@ def only_writer(args: Any) -> Iterator[None]:
         for folder in folders if args.rank == 0 else ():
             stack.enter_context(files.only_writer(folder))
         yield
-
-
-def collect_writes_here(args: Any) -> None:
-    """Let the threads that write a checkpoint leave what they wrote in a queue of this process.
-
-    Megatron 0.19 makes the queue a process of its own, as writers that are processes need
-    (``--async-save``). Each rank starts one at its first save, which imports the program again.
-    """
-    if not args.save or args.async_save:
-        return
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()
 
 
 @contextmanager
