@@ -105,7 +105,7 @@ class _Agent:
                 preexec_fn=_ends_with_parent(),
             )
             if self._ended_early is not None or self._was_interrupted:
-                self._process.terminate()
+                self._end()
             assert self._process.stderr is not None
             report = self._pass_on(self._process.stderr)
             code = self._process.wait()
@@ -150,7 +150,7 @@ class _Agent:
         found = failure.first_failure(self._logs(), ended)
         if found is not None and found.is_lasting:
             self._lasting = found
-            threading.Thread(target=self._terminate, daemon=True).start()
+            self._end()
             return
         logger.warning(
             "rank %d ended with exit code %d; restart %d of %d, from the last checkpoint",
@@ -211,7 +211,7 @@ class _Agent:
             logger.warning("%s: ended before the ranks had started", number.name)
             self._ended_early = number
             if self._process is not None:
-                self._process.terminate()
+                self._end()
             return
         passed_on = PASSED_ON[number]
         name = number.name if passed_on == number else f"{number.name} as {passed_on.name}"
@@ -225,6 +225,10 @@ class _Agent:
         psutil.wait_procs(ranks)
         if not self._has_ended(within=SECONDS_TO_END):
             self._terminate()
+
+    def _end(self) -> None:
+        """End torchrun, and go on reading what it says."""
+        threading.Thread(target=self._terminate, daemon=True).start()
 
     def _terminate(self) -> None:
         """Send SIGTERM until torchrun has heard it.
