@@ -66,15 +66,12 @@ def group(world_size: int, command: Sequence[str], *, stdout: IO[str], stderr: I
         )
 
 
-def train(
-    world_size: int, runs: Sequence[Sequence[str]], folder: Path, *, is_warm: bool = True
-) -> str:
+def train(world_size: int, runs: Sequence[Sequence[str]], folder: Path) -> str:
     """Run the training entry point once per list of flags, all in one process group."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "runs.json"
     listing.write_text(json.dumps([list(map(str, flags)) for flags in runs]))
-    worker = ("-m", "tests.megatron.worker", str(listing))
-    return torchrun(world_size, *worker, is_warm=is_warm)
+    return torchrun(world_size, "-m", "tests.megatron.worker", str(listing))
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
