@@ -1,7 +1,7 @@
 """Questions about versions and optional packages, one function each.
 
 Only package metadata is read, nothing is imported: asking must be free, and Megatron must not be
-imported before ``megasft.cpu`` had its chance to prepare a machine without CUDA.
+imported before ``megasft.megatron.cpu`` had its chance to prepare a machine without CUDA.
 """
 
 from functools import cache

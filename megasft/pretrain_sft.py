@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megasft import cpu
 from megasft.errors import MegasftError, SaveError
+from megasft.megatron import cpu
 
 if TYPE_CHECKING:
-    from megasft.training.probe import Probe
+    from megasft.megatron.probe import Probe
 
 logger = logging.getLogger("megasft")
 
@@ -26,7 +26,7 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
 
     Args:
         argv: Command-line flags, without the program's name.
-        probe: Looks into the run; see ``megasft.training.probe``.
+        probe: Looks into the run; see ``megasft.megatron.probe``.
 
     Raises:
         MegasftError: Flags, data or model do not fit; nothing has been started then.
@@ -39,10 +39,11 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
+    from megasft.megatron import hooks
+    from megasft.megatron.forward_step import forward_step_func
+    from megasft.megatron.global_batch import GlobalBatches
     from megasft.run import start
-    from megasft.training import arguments, datasets, hooks, saving
-    from megasft.training.forward_step import forward_step_func
-    from megasft.training.global_batch import GlobalBatches
+    from megasft.training import arguments, datasets, saving
     from megasft.training.report import Report
 
     begun = start.begin(arguments.parse(argv))

@@ -145,7 +145,8 @@ def take_turns(turns: Turns, per_step: int) -> None:
     The entry point builds both sides from these names when it runs, and this tool runs nothing
     else, so they are exchanged here rather than made configurable there.
     """
-    from megasft.training import audit, forward_step, hooks, report
+    from megasft.megatron import forward_step, hooks
+    from megasft.training import audit, report
 
     make_loss = forward_step._training_loss
     full = report.Report

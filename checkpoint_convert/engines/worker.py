@@ -16,7 +16,7 @@ import orjson
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from megasft import cpu
+from megasft.megatron import cpu
 
 CONTENT_METADATA: Final = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """As in ``megatron_writer``."""

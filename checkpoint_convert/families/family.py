@@ -1,7 +1,7 @@
 """What a model family is to conversion: its tensors, and what its configuration means.
 
 Megatron's names are those of the Transformer Engine layer spec; the local spec maps its own to them
-(``sharded_state_dict_keys_map``, completed by ``megasft.training.model``), so one checkpoint serves
+(``sharded_state_dict_keys_map``, completed by ``megasft.megatron.model``), so one checkpoint serves
 both.
 """
 

@@ -3,7 +3,7 @@
 Scaled rope is what converters get wrong without a word, because the model still runs. Megatron 0.19
 hard-codes what Llama 3.1 has (an original context of 8192, factors 1 and 4) and, for latent
 attention, what DeepSeek-V3 has (4096, betas 32 and 1): there are no flags for other values. Those
-go through ``--megasft-rope-scaling`` (``megasft.training.rope``), whose formulas are those of
+go through ``--megasft-rope-scaling`` (``megasft.megatron.rope``), whose formulas are those of
 transformers; so does scaling that Megatron lacks or computes otherwise. Always using our flag was
 rejected: a checkpoint of a released model should train with Megatron alone.
 

@@ -58,7 +58,7 @@ class _Gather(Function):
     """All-gather with its gradient.
 
     Megatron's own asks for the current CUDA device in backward, which inside a recomputation no
-    longer means the CPU (``megasft.cpu``).
+    longer means the CPU (``megasft.megatron.cpu``).
     """
 
     @staticmethod

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from megasft.training.preflight.finding import Finding, Report
-    from megasft.training.preflight.subject import Wishes
+    from megasft.checks.run.finding import Finding, Report
+    from megasft.checks.run.subject import Wishes
 
 
 PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -67,8 +67,8 @@ def doctor(
     if list_rules:
         _print_rules(console)
         return
+    from megasft.checks.run.subject import Wishes
     from megasft.severity import Severity
-    from megasft.training.preflight.subject import Wishes
 
     report = _examine(context.args, world_size, Wishes(gpu_memory_gb, tokens_per_second))
     if json is None or str(json) != "-":
@@ -84,15 +84,15 @@ def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Re
 
     # What is printed while Megatron is imported is said by the report.
     logging.getLogger("megasft").addHandler(logging.NullHandler())
-    from megasft import cpu
+    from megasft.megatron import cpu
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cpu.prepare()
+        from megasft.checks.run import machine
+        from megasft.checks.run.subject import Subject
         from megasft.run import start
         from megasft.training import arguments
-        from megasft.training.preflight import machine
-        from megasft.training.preflight.subject import Subject
 
         seen = machine.look()
         if not flags:
@@ -110,7 +110,7 @@ def _world_size(args: Any, num_gpus: int, environment: Any) -> int:
         num_gpus: GPUs of this machine.
         environment: Environment variables.
     """
-    from megasft.training.preflight.parallel import model_parallel
+    from megasft.checks.run.parallel import model_parallel
 
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
@@ -121,7 +121,7 @@ def _world_size(args: Any, num_gpus: int, environment: Any) -> int:
 def _print_rules(console: Console) -> None:
     from rich.text import Text
 
-    from megasft import cpu
+    from megasft.megatron import cpu
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,7 +129,7 @@ def _print_rules(console: Console) -> None:
 
         logging.getLogger("megasft").addHandler(logging.NullHandler())
         cpu.prepare()
-        from megasft.training.preflight.rules import RULES
+        from megasft.checks.run.rules import RULES
 
     for name, rule in RULES.items():
         style = STYLES[rule.severity]
@@ -156,7 +156,7 @@ def _print_report(console: Console, report: Report) -> None:
 
 
 def _header(report: Report) -> str:
-    from megasft.training.preflight.finding import text_of_count
+    from megasft.checks.run.finding import text_of_count
 
     layout = report.facts.get("layout")
     if layout is None:
@@ -203,7 +203,7 @@ def _print_hanging(console: Console, head: Text, text: str, *, indent: int = 9) 
 def _print_memory(console: Console, report: Report) -> None:
     from rich.text import Text
 
-    from megasft.training.preflight.finding import text_of_bytes
+    from megasft.checks.run.finding import text_of_bytes
 
     found, there = report.facts.get("memory"), report.facts.get("gpu_memory")
     if not found:

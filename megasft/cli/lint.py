@@ -26,7 +26,7 @@ from megasft.cli.record_options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megasft.data.lint.finding import Finding, Report
+    from megasft.checks.data.finding import Finding, Report
     from megasft.severity import Unchecked
 
 
@@ -77,9 +77,9 @@ def lint(
     Exit code **0**: clean, or notes alone; **1**: errors (with `--strict`, warnings); **2**: wrong
     use.
     """
+    from megasft.checks.data.rules import RULES
+    from megasft.checks.data.run import LintOptions
     from megasft.data.formats import FieldMap
-    from megasft.data.lint.rules import RULES
-    from megasft.data.lint.run import LintOptions
 
     console = new_console()
     if list_rules:
@@ -109,7 +109,7 @@ def lint(
 
 
 def _lint(paths: list[Path], options: Any) -> Report:
-    from megasft.data.lint.run import lint_files, lint_store
+    from megasft.checks.data.run import lint_files, lint_store
     from megasft.store import META, open_store
 
     if not paths:
@@ -129,7 +129,7 @@ def _lint(paths: list[Path], options: Any) -> Report:
 def _print_rules(console: Console) -> None:
     from rich.text import Text
 
-    from megasft.data.lint.rules import RULES
+    from megasft.checks.data.rules import RULES
 
     for name, rule in RULES.items():
         style = STYLES[rule.severity]

@@ -30,9 +30,9 @@ from megasft.errors import FlagError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from megasft.checks.plan import Caution
     from megasft.packing.balance import Cost
     from megasft.packing.forecast import Forecast, PackerFigures, Run
-    from megasft.packing.forecast_cautions import Caution
     from megasft.store import TokenStore
 
 _NAME_COLUMNS: Final = 18
@@ -97,9 +97,9 @@ def plan(
 
     Exit code **0**: the run can start; **1**: it cannot, an error says why; **2**: wrong use.
     """
+    from megasft.checks.plan import cautions
     from megasft.packing.balance import BatchShape
     from megasft.packing.forecast import Run, figures_of, forecast
-    from megasft.packing.forecast_cautions import cautions
     from megasft.packing.pack import DEFAULT_PACKER
     from megasft.store_group import open_stores
 

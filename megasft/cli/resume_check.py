@@ -83,12 +83,12 @@ def resume_check(
     each row of the epoch is trained exactly once. 1: it is not, or the rows are other rows, or
     Megatron would refuse the checkpoint; the difference is named.
     """
-    from megasft import cpu
+    from megasft.megatron import cpu
 
     if str(checkpoint).startswith("-"):
         raise FlagError(f"CHECKPOINT comes before the flags of the run, not {checkpoint}")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("megasft.cpu").setLevel(logging.ERROR)
+    logging.getLogger("megasft.megatron.cpu").setLevel(logging.ERROR)
     # Nothing is computed, so packages that compute on a GPU alone need not be hidden.
     cpu.prepare(hide=())
     with _quiet():

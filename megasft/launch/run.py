@@ -137,7 +137,7 @@ def _resolved(
 def _launch(settings: Iterable[Setting]) -> Launch:
     import torch
 
-    from megasft import cpu
+    from megasft.megatron import cpu
 
     tree = OmegaConf.structured(Launch)
     for setting in settings:

@@ -21,8 +21,8 @@ import orjson
 import torch
 
 from checkpoint_convert.verify import workers
-from megasft import cpu
 from megasft.errors import ConversionError, MegasftError
+from megasft.megatron import cpu
 from megasft.run.start import accept
 from megasft.training import arguments
 
@@ -195,7 +195,7 @@ def forward(model: Any, case: Case) -> torch.Tensor | None:
     """
     from megatron.core import parallel_state as groups
 
-    from megasft.attention.core_attention import packed_row
+    from megasft.megatron.core_attention import packed_row
 
     tokens, positions, borders = case.row
     row = packed_row(borders, device=torch.device("cpu"), cp_rank=0, cp_size=1)

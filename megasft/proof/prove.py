@@ -14,8 +14,8 @@ from typing import Any, Final
 import orjson
 import torch
 
-from megasft import cpu
 from megasft.errors import FlagError
+from megasft.megatron import cpu
 from megasft.proof.defects import DEFECTS
 from megasft.proof.families import FAMILIES
 from megasft.proof.layouts import Layout, select
@@ -30,11 +30,11 @@ TRAINING: Final = (
     "megasft.proof.defects",
     "megasft.training.arguments",
     "megasft.training.datasets",
-    "megasft.training.forward_step",
-    "megasft.training.global_batch",
-    "megasft.training.hooks",
-    "megasft.training.model",
-    "megasft.training.model_builder",
+    "megasft.megatron.forward_step",
+    "megasft.megatron.global_batch",
+    "megasft.megatron.hooks",
+    "megasft.megatron.model",
+    "megasft.megatron.model_builder",
     "megasft.training.resume",
 )
 """Modules that a rank imports to train, imported once before ranks are forked."""

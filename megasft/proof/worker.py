@@ -18,9 +18,9 @@ import orjson
 import psutil
 import torch
 
-from megasft import cpu
 from megasft.errors import MegasftError
 from megasft.loss.loss_func import LossOutput
+from megasft.megatron import cpu
 from megasft.pretrain_sft import run
 from megasft.proof.defects import DEFECTS, Defect
 from megasft.schema import SFTBatch

@@ -4,7 +4,7 @@ Importing torch, Megatron and transformers costs a rank 10 s of CPU, and a proof
 the tests hundreds. Chosen: one warm process (started by ``megasft.ranks.group``), and a fork per
 rank, which costs 30 ms. Rejected: long-lived ranks that take one run after another, because a rank
 must start with nothing left of the last one. The price: ranks share a seed of string hashes, and
-see torch as ``megasft.cpu`` prepares it. CUDA does not survive a fork, so this is for CPU ranks.
+see torch as ``megatron/cpu.py`` prepares it. CUDA does not survive a fork: this is for CPU ranks.
 
 Forking is safe before there are threads only, so this process starts none and checks that. A group
 is a supervisor and its ranks, in a session of their own. It ends when its ranks do, when one of
@@ -99,7 +99,7 @@ def main() -> None:
 
 def prepare() -> None:
     """Import what any rank imports."""
-    from megasft import cpu
+    from megasft.megatron import cpu
 
     cpu.prepare()
     cpu.skip_missing_makefile()

@@ -22,15 +22,15 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from typing import Any
 
+from megasft.checks.run import machine
+from megasft.checks.run.finding import Report
+from megasft.checks.run.parallel import sizes_are_positive
+from megasft.checks.run.rules import Stage
+from megasft.checks.run.run import Examination
+from megasft.checks.run.subject import Subject, Wishes
 from megasft.errors import FlagError, MegasftError
 from megasft.severity import Severity
 from megasft.training import arguments, datasets, resume, row_order, run_length, saving
-from megasft.training.preflight import machine
-from megasft.training.preflight.finding import Report
-from megasft.training.preflight.parallel import sizes_are_positive
-from megasft.training.preflight.rules import Stage
-from megasft.training.preflight.run import Examination
-from megasft.training.preflight.subject import Subject, Wishes
 
 logger = logging.getLogger("megasft")
 
@@ -127,7 +127,7 @@ def accept(args: Any, data: datasets.RunData | None = None, *, prints: bool = Fa
     """
     from megatron.training.arguments import validate_args
 
-    from megasft.training.model import model_config
+    from megasft.megatron.model import model_config
 
     printed = io.StringIO()
     try:

@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import orjson
 
-from megasft import cpu
 from megasft.compat import has
 from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
+from megasft.megatron import cpu, freeze, rope
 from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
 from megasft.store import TokenStore
-from megasft.training import best, freeze, retention, rope, run_length, saving, validation
+from megasft.training import best, retention, run_length, saving, validation
 from megasft.training.report_arguments import add_report_arguments, check_report
 from megasft.training.turn_weights import add_weight_arguments
 

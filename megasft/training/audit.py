@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from megasft.errors import AuditError
 from megasft.loss.objectives import OBJECTIVES
+from megasft.megatron.global_batch import GlobalBatch
 from megasft.packing.plan import RowPlan
-from megasft.training.global_batch import GlobalBatch
 
 ROWS_NAMED = 16
 """Rows a message names at most."""

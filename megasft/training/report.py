@@ -19,9 +19,11 @@ import numpy as np
 import psutil
 import torch
 
-from megasft import cpu
 from megasft.loss.breakdown import Breakdown, named
 from megasft.loss.per_sample import SAMPLE_COLUMNS
+from megasft.megatron import cpu
+from megasft.megatron.global_batch import GlobalBatches
+from megasft.megatron.optimizer_watch import OptimizerStep, watch
 from megasft.report.devices import peak_tflops
 from megasft.report.jsonl import has_evaluation
 from megasft.report.record import Losses, Speed, StepRecord, ValidationRecord, losses_of
@@ -32,8 +34,6 @@ from megasft.store import TokenStore
 from megasft.training.audit import audit_evaluation
 from megasft.training.best import loss_of_each
 from megasft.training.datasets import RunData
-from megasft.training.global_batch import GlobalBatches
-from megasft.training.optimizer_watch import OptimizerStep, watch
 from megasft.training.report_arguments import log_folder
 from megasft.training.saving import Keeper
 from megasft.training.spikes import Spikes

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megasft.megatron.global_batch import GlobalBatches
 from megasft.packing.plan import RowPlan
 from megasft.training import row_order
-from megasft.training.global_batch import GlobalBatches
 from megasft.training.replay import Step, replay, step_starts
 
 

@@ -20,10 +20,11 @@ from typing import Any, Final, Self
 
 import orjson
 
-from megasft import cpu, files
+from megasft import files
 from megasft.compat import has
 from megasft.errors import FlagError, SaveError
 from megasft.files import write_whole
+from megasft.megatron import cpu
 from megasft.training import resume
 from megasft.training.best import BestTracker, has_lost_patience
 from megasft.training.report_arguments import log_folder

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from megasft.loss.per_sample import SampleSums
+from megasft.megatron.global_batch import GlobalBatches
 from megasft.packing.balance import BatchShape
 from megasft.report.spikes import Spike, SpikeFile, dearest_first
 from megasft.schema import SFTBatch
 from megasft.training import row_order
 from megasft.training.datasets import PlannedStore
-from megasft.training.global_batch import GlobalBatches
 from megasft.training.report_arguments import log_folder
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from megasft.megatron.global_batch import GlobalBatches
 from megasft.proof.layouts import Layout
 from megasft.proof.world import OBJECTIVES, SEED, World
-from megasft.training.global_batch import GlobalBatches
 from tests.invariance.runs import record_all
 from tests.megatron.runs import torchrun
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megasft import cpu
 from megasft.loss.loss_func import LossOutput
+from megasft.megatron import cpu
 from megasft.pretrain_sft import configure_logging, run
 from megasft.proof.worker import forget
 from megasft.schema import SFTBatch

@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 def four_ranks(model: Model) -> Layout:
     """Return the layout of four ranks: TP 2 x PP 2 (x EP 2), or without TP for latent attention."""
     label, flags = [], []
-    if model.family_name != "deepseek_v3":  # Megatron's local layers; see training/model.py
+    if model.family_name != "deepseek_v3":  # Megatron's local layers; see megatron/model.py
         label.append("TP 2")
         flags += ["--tensor-model-parallel-size", "2"]
     label.append("PP 2")

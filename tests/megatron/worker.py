@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megasft import cpu
+from megasft.megatron import cpu
 from megasft.pretrain_sft import configure_logging, run
 from megasft.proof.worker import forget
 

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_convert.config_map import read_model
 from checkpoint_convert.families import read_rope
 from megasft.errors import ConversionError
-from megasft.training import rope
+from megasft.megatron import rope
 from tests.unit.checkpoint_convert.published import (
     DEEPSEEK_V3_BF16,
     LLAMA_3_1_8B,

@@ -1,6 +1,6 @@
 """Saves checkpoints without tensors, as Megatron would, and runs ``megasft resume-check`` on them.
 
-In a process of its own, because Megatron is imported after ``megasft.cpu`` has patched torch.
+In a process of its own, because Megatron is imported after ``megatron/cpu.py`` has patched torch.
 
 Usage: python -m tests.unit.cli.resume_check_worker CASES.json RESULTS.json. A case has ``save``,
 the arguments of ``save`` below; ``check``, those of the command; and ``defect``, a name of
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megasft import cpu
+from megasft.megatron import cpu
 
 DEFECTS: dict[str, Callable[[int], int]] = {
     "a row late": lambda k: k + 1 if k >= 24 else k,

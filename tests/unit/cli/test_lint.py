@@ -7,13 +7,13 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from megasft.checks.data.rules import RULES
 from megasft.cli.lint import lint
 from megasft.data.build import BuildOptions, build
 from megasft.data.formats import FieldMap
-from megasft.data.lint.rules import RULES
 from megasft.data.tokenize import Recipe
 from megasft.store import open_store
-from tests.unit.data.lint.stores import STOP, built, chat, made, write
+from tests.unit.checks.data.stores import STOP, built, chat, made, write
 
 Lint = Callable[..., Result]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megasft import cpu
 from megasft.cli.main import app
 from megasft.errors import FlagError
+from megasft.megatron import cpu
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 import orjson
 import pytest
 
+from megasft.checks.data.run import LintOptions, lint_files
 from megasft.data import exact_json
 from megasft.data.formats import FieldMap, parse
-from megasft.data.lint.run import LintOptions, lint_files
 from megasft.data.tokenize import Made, Outcome, Recipe, Rejected, Tokenizer
 from megasft.errors import DataError
 from tests.tiny_tokenizer import make_tokenizer

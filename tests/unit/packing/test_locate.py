@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megasft.draw import Draw, Stage
+from megasft.megatron.global_batch import GlobalBatches
 from megasft.packing.locate import (
     first_step_of_row,
     row_of_sample,
@@ -11,7 +12,6 @@ from megasft.packing.locate import (
     rows_of_step,
 )
 from megasft.packing.plan import RowPlan, plan_rows
-from megasft.training.global_batch import GlobalBatches
 from tests.stores import random_samples, sample, write_store
 
 

@@ -8,7 +8,7 @@ def test_no_metric_keeps_a_group_of_the_run_before() -> None:
     """Seen with NCCL: the run after one with router losses used the group of the former."""
     code = """
 import torch
-from megasft import cpu
+from megasft.megatron import cpu
 cpu.prepare()
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megasft.proof.worker import forget

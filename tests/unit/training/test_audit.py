@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from megasft.errors import AuditError
+from megasft.megatron.global_batch import GlobalBatch
 from megasft.training.audit import audit, audit_evaluation
-from megasft.training.global_batch import GlobalBatch
 
 BATCH = GlobalBatch(rows=(4, 0, 7), units=120, labels=900, positions=1152)
 

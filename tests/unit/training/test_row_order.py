@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from megasft.errors import FlagError
+from megasft.megatron.global_batch import GlobalBatches
 from megasft.packing.balance import LLAMA_8B, BatchShape, DealtOrder
 from megasft.packing.order import RowOrder
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.training import row_order
-from megasft.training.global_batch import GlobalBatches
 from tests.stores import random_samples, write_store
 
 

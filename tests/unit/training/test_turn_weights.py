@@ -10,12 +10,12 @@ import pytest
 
 from megasft.draw import Draw, Stage
 from megasft.errors import FlagError
+from megasft.megatron.global_batch import GlobalBatches
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.proof.samples import weighted
 from megasft.schema import Sample, turn_weights_of
 from megasft.store import TokenStore
 from megasft.training import turn_weights
-from megasft.training.global_batch import GlobalBatches
 from tests.stores import random_samples, sample, write_store
 
 SAMPLES = [*weighted(random_samples(40, seed=3), seed=4), sample([1, 2, 3])]

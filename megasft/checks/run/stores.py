@@ -1,0 +1,283 @@
+"""Whether the stores are whole, of this format, and made with the model's own tokenizer.
+
+An id means a token only with its tokenizer. Another tokenizer of the same vocabulary size trains
+without a word and ruins the model, so the tokenizer file that the conversion kept beside the
+weights is compared with that of the store: by its hash, and where that differs (a file saved again
+by another release of the library) by what decides the ids: vocabulary, merges, added tokens, and
+how text is split. Rejected: loading both with transformers, which takes seconds and compares less.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import orjson
+
+from megasft.checks.run.finding import Hit
+from megasft.data.tokenizer_folder import TOKENIZER_FILE
+from megasft.errors import FlagError, StoreError
+from megasft.store import FORMAT_VERSION, META, TokenStore, open_store
+from megasft.training import validation
+from megasft.training.arguments import MODEL_FILE
+
+if TYPE_CHECKING:
+    from megasft.checks.run.subject import Subject
+
+SIDE_FOLDER: Final = "hf"
+"""Where the conversion keeps what of a Hugging Face folder is not weights."""
+
+_FILES: Final = (TOKENIZER_FILE, "tokenizer.model", "spiece.model")
+_DECIDES_IDS: Final = ("normalizer", "pre_tokenizer")
+
+
+class Tokenizer(NamedTuple):
+    """A tokenizer as far as ids go.
+
+    Attributes:
+        sha256: Of its file; a build keeps the same one in store.json.
+        path: The file; None where it is gone.
+    """
+
+    sha256: str | None
+    path: Path | None
+
+
+def store_paths(args: Any) -> list[str]:
+    """Return the folders of all stores of a run, each once."""
+    with suppress(FlagError):  # open_data says it
+        valid = validation.named_stores(args.megasft_valid_data).values()
+        return list(dict.fromkeys([*(args.megasft_data or ()), *valid]))
+    return list(dict.fromkeys(args.megasft_data or ()))
+
+
+def unreadable(subject: Subject) -> Iterator[Hit]:
+    """Find stores that are missing, half-written, damaged, or of another format version."""
+    for path in store_paths(subject.args):
+        version = _format_version(Path(path))
+        if version is not None and version > FORMAT_VERSION:
+            yield Hit(
+                f"{path} was built by a newer megasft: format version {version}, this one reads "
+                f"{FORMAT_VERSION}",
+                "update megasft, or build the store again with this one",
+                {"format_version": version},
+            )
+            continue
+        try:
+            open_store(path)
+        except StoreError as error:
+            yield Hit.from_message(str(error))
+
+
+def _format_version(path: Path) -> int | None:
+    try:
+        return int(orjson.loads((path / META).read_bytes())["format_version"])
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None  # open_store says what is wrong
+
+
+def other_tokenizer(subject: Subject) -> Iterator[Hit]:
+    """Find stores that were not made with the tokenizer of the model."""
+    folder = model_folder(subject.args)
+    model = tokenizer_of_model(folder) if folder else None
+    if folder is None or model is None:
+        return
+    for store in each_store(subject):
+        ours = tokenizer_of_store(store)
+        if ours.sha256 in (None, model.sha256):
+            continue
+        difference = _difference(ours.path, model.path)
+        if difference:
+            yield Hit(
+                f"{store.path} was made with another tokenizer than {folder} has ({difference}), "
+                "so its ids are other tokens to the model",
+                f"build the store again with --tokenizer {folder / SIDE_FOLDER}",
+                {"store_sha256": ours.sha256, "model_sha256": model.sha256},
+            )
+
+
+def uncomparable_tokenizer(subject: Subject) -> Iterator[Hit]:
+    """Find stores whose tokenizer file differs from the model's and is not there to be compared."""
+    folder = model_folder(subject.args)
+    model = tokenizer_of_model(folder) if folder else None
+    for store in each_store(subject):
+        ours = tokenizer_of_store(store)
+        if ours.sha256 is None or model is None or ours.sha256 == model.sha256:
+            continue
+        if _difference(ours.path, model.path) is None:
+            yield Hit(
+                f"{store.path} was made with a tokenizer file (sha256 {ours.sha256[:12]}) other "
+                f"than that in {folder} ({str(model.sha256)[:12]}), and the store's is not where "
+                "store.json says, so ids cannot be compared",
+                f"make sure that they are the same tokenizer: `megasft lint {store.path} "
+                f"--tokenizer {folder}/{SIDE_FOLDER}`, or build again",
+            )
+
+
+def unknown_tokenizer(subject: Subject) -> Iterator[Hit]:
+    """Say where tokenizers could not be compared at all."""
+    if tokenizer_of_model(model_folder(subject.args)) is None:
+        yield Hit(
+            "the model's tokenizer is not known, so that of the stores cannot be compared with it",
+            "start from --megasft-hf, whose folder keeps the tokenizer",
+        )
+    for store in each_store(subject):
+        if tokenizer_of_store(store).sha256 is None:
+            yield Hit(f"{store.path} does not say which tokenizer made it", "build it again")
+
+
+def unlike_validation(subject: Subject) -> Iterator[Hit]:
+    """Find validation stores of another tokenizer than the training stores."""
+    train = subject.data.train.store
+    ours = tokenizer_of_store(train)
+    if tokenizer_of_model(model_folder(subject.args)) is not None:
+        return  # all stores are compared with the model
+    for name, planned in subject.data.valid.items():
+        theirs = tokenizer_of_store(planned.store)
+        if None in (ours.sha256, theirs.sha256) or ours.sha256 == theirs.sha256:
+            continue
+        if _difference(ours.path, theirs.path) != "":
+            yield Hit(
+                f"validation store {name} ({planned.store.path}) was made with another tokenizer "
+                f"than {train.name}, so its loss means nothing",
+                "build both with one tokenizer",
+            )
+
+
+def unlike_template(subject: Subject) -> Iterator[Hit]:
+    """Find validation stores rendered with another chat template than the training stores."""
+    ours = _fact(subject.data.train.store, "chat_template_sha256")
+    for name, planned in subject.data.valid.items():
+        theirs = _fact(planned.store, "chat_template_sha256")
+        if ours and theirs and ours != theirs:
+            yield Hit(
+                f"validation store {name} was rendered with another chat template (sha256 "
+                f"{theirs[:12]}) than the training data ({ours[:12]})",
+                "build both with one template, unless the other format is what is tested",
+            )
+
+
+def other_stop(subject: Subject) -> Iterator[Hit]:
+    """Find turns that end in a token at which generation with this model does not stop."""
+    folder = model_folder(subject.args)
+    known = _stops(folder / SIDE_FOLDER) if folder else []
+    trained = subject.data.train.store.meta.get("special_tokens", {}).get("end_of_turn") or []
+    if known and trained and not set(known) & set(trained):
+        yield Hit(
+            f"turns of the training data end in token {_list(trained)}, and the model's "
+            f"generation stops at {_list(known)} only",
+            "name it in eos_token_id of generation_config.json when the model is exported",
+            {"trained": trained, "stops": known},
+        )
+
+
+def same_data(subject: Subject) -> Iterator[Hit]:
+    """Find validation data that is trained on."""
+    args = subject.args
+    train = {Path(path).resolve() for path in args.megasft_data}
+    prints = {open_store(path).fingerprint for path in args.megasft_data}
+    for name, planned in subject.data.valid.items():
+        store = planned.store
+        if store.path.resolve() in train or store.fingerprint in prints:
+            yield Hit(
+                f"validation store {name} ({store.path}) is trained on, so its loss says nothing "
+                "about new data",
+                "hold some data out",
+            )
+
+
+def model_folder(args: Any) -> Path | None:
+    """Return the converted checkpoint that a run starts from, if there is one."""
+    for folder in (args.megasft_hf, args.pretrained_checkpoint, args.load):
+        if folder and (Path(folder) / MODEL_FILE).is_file():
+            return Path(folder)
+    return None
+
+
+def tokenizer_of_model(folder: Path | None) -> Tokenizer | None:
+    """Return the tokenizer that a conversion kept; None without one."""
+    for name in _FILES if folder else ():
+        path = Path(str(folder)) / SIDE_FOLDER / name
+        if path.is_file():
+            return Tokenizer(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+    return None
+
+
+def tokenizer_of_store(store: TokenStore) -> Tokenizer:
+    """Return the tokenizer that store.json names; its file only while it is the same one."""
+    sha256, folder = _fact(store, "sha256"), _fact(store, "path")
+    for name in _FILES if folder else ():
+        path = Path(str(folder)) / name
+        if path.is_file():
+            same = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+            return Tokenizer(sha256, path if same else None)
+    return Tokenizer(sha256, None)
+
+
+def each_store(subject: Subject) -> Iterator[TokenStore]:
+    """Yield the stores of a run one by one; several that are read as one are several."""
+    for path in store_paths(subject.args):
+        yield open_store(path)
+
+
+def _fact(store: TokenStore, name: str) -> str | None:
+    value = store.meta.get("tokenizer", {}).get(name)
+    return None if value is None else str(value)
+
+
+def _difference(ours: Path | None, theirs: Path | None) -> str | None:
+    """Return how two tokenizers differ in ids: "" for not at all, None where it cannot be told."""
+    if ours is None or theirs is None or TOKENIZER_FILE not in (ours.name, theirs.name):
+        return None
+    if ours.name != theirs.name:
+        return None
+    mine, other = (orjson.loads(path.read_bytes()) for path in (ours, theirs))
+    ids, other_ids = _ids(mine), _ids(other)
+    if ids != other_ids:
+        unlike = [
+            i for i in sorted(ids.keys() | other_ids.keys()) if ids.get(i) != other_ids.get(i)
+        ]
+        first = unlike[0]
+        return (
+            f"{len(unlike):,} of {max(len(ids), len(other_ids)):,} ids differ; id {first} is "
+            f"{ids.get(first)!r} in the store, {other_ids.get(first)!r} in the model"
+        )
+    if _merges(mine) != _merges(other):
+        return "the same ids, other merges"
+    for part in _DECIDES_IDS:
+        if mine.get(part) != other.get(part):
+            return f"the same ids, another {part.replace('_', '-')}"
+    return ""
+
+
+def _ids(tokenizer: Mapping[str, Any]) -> dict[int, str]:
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram: [token, score], by id
+        ids = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+    else:
+        ids = {int(i): str(token) for token, i in vocabulary.items()}
+    return ids | {int(t["id"]): str(t["content"]) for t in tokenizer.get("added_tokens") or ()}
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    # Older files write "a b", newer ones ["a", "b"].
+    merges = tokenizer.get("model", {}).get("merges") or ()
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in merges]
+
+
+def _stops(folder: Path) -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = orjson.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, orjson.JSONDecodeError):
+            continue
+        if found is not None:
+            return [int(i) for i in (found if isinstance(found, list) else [found])]
+    return []
+
+
+def _list(ids: list[int]) -> str:
+    return ", ".join(map(str, ids))

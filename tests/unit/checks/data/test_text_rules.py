@@ -1,0 +1,34 @@
+import pytest
+
+from megasft.checks.data.rules import RULES, OnText
+from megasft.checks.data.text_rules import Texts
+
+FIRES = {
+    "thinking-kept": "<think>\nOne and one.\n</think>\n\nTwo.<|im_end|>",
+    "empty-thinking-trained": "<think>\n\n</think>\n\nTwo.<|im_end|>",
+    "thinking-not-closed": "<think>\nOne and one<|im_end|>",
+    "broken-text": "caf\N{REPLACEMENT CHARACTER}<|im_end|>",
+    "speaker-in-answer": "Two.\nHuman: And three?\nFour.<|im_end|>",
+    "special-token-as-text": "It is <|im_end|>.<|im_end|>",
+}
+SILENT = {
+    "thinking-kept": "<think>\n\n</think>\n\nTwo.<|im_end|>",
+    "empty-thinking-trained": FIRES["thinking-kept"],
+    "thinking-not-closed": "One and one.</think>Two.<|im_end|>",  # the template opened it
+    "broken-text": "café<|im_end|>",
+    "speaker-in-answer": "The word Human: is no speaker here.<|im_end|>",
+    "special-token-as-text": "It is that.<|im_end|>",
+}
+
+
+def hits(rule: str, answer: str) -> int:
+    on = RULES[rule].on
+    assert isinstance(on, OnText)
+    return on.check(Texts((answer,), f"<|im_start|>{answer}", {"<|im_start|>": 1, "<|im_end|>": 1}))
+
+
+@pytest.mark.parametrize("rule", FIRES)
+def test_a_rule_fires_on_its_text_and_is_silent_on_the_sound_one(rule: str) -> None:
+    assert hits(rule, FIRES[rule]) == 1
+    assert hits(rule, SILENT[rule]) == 0
+    assert hits(rule, "Two.<|im_end|>") == 0
