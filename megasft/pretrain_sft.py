@@ -34,14 +34,10 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     cpu.prepare()
     cpu.skip_missing_makefile()
     # Megatron is imported after the stand-ins are in place.
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
-
-    from megasft.megatron import hooks
+    from megasft.megatron import flags, hooks
     from megasft.megatron.forward_step import forward_step_func
     from megasft.megatron.global_batch import GlobalBatches
+    from megasft.megatron.pretrain import loop_config, pretrain
     from megasft.run import start
     from megasft.training import arguments, datasets, saving
     from megasft.training.report import Report
@@ -53,7 +49,7 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     args, data, model = begun.settled, begun.data, begun.config
     datasets.announce(args, data)
     with saving.only_writer(args):
-        set_global_variables(args, build_tokenizer=False)  # importing its libraries takes seconds
+        flags.publish(args)
         batches = GlobalBatches(
             data.train.plan,
             seed=args.seed,
@@ -64,17 +60,16 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
         keeper = saving.Keeper(args, rank=args.rank)
         report = Report(args, data, batches, keeper)
         hooks.install(model.transformer, args, batches, report, probe)
-        config = pretrain_cfg_container_from_args(args, model)
+        config = loop_config(args, model)
         keeper.spare_last_save(config.checkpoint)
         if args.save and not args.async_save:
             cpu.collect_writes_here()
         with saving.ends_by_signal(args), saving.explains_failed_saves(args), keeper, report:
             pretrain(
                 config,
-                datasets.datasets_provider(args, data),
-                ModelType.encoder_or_decoder,
-                forward_step_func(args, batches, report, probe),
-                non_loss_data_func=report.evaluated,
+                datasets=datasets.datasets_provider(args, data),
+                forward_step=forward_step_func(args, batches, report, probe),
+                evaluated=report.evaluated,
             )
 
 

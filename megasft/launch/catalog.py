@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, Final, NoReturn
 
 from megasft.errors import FlagError
+from megasft.megatron.flags import add_flags
 from megasft.training.unknown_flags import OTHER_NAMES, other_name
 
 SECTIONS: Final = (
@@ -244,12 +245,10 @@ class Catalog:
 @cache
 def _whole_parser() -> _Parser:
     """Return the parser of all flags; nobody adds to it, and Megatron takes 0.1 s to make it."""
-    from megatron.training.arguments import add_megatron_arguments
-
     from megasft.training.arguments import add_arguments
 
     parser = _Parser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments(parser)
+    add_flags(parser)
     add_arguments(parser)
     return parser
 

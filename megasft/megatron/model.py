@@ -16,9 +16,9 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megasft.errors import FlagError
 from megasft.megatron import freeze, rope
 from megasft.megatron.core_attention import PackedCoreAttention
+from megasft.megatron.flags import attention_backend, uses_te_spec
 from megasft.megatron.model_builder import SFTModelConfig
 from megasft.megatron.norm import replace_norms, torch_norm
-from megasft.training.arguments import attention_backend, uses_te_spec
 
 
 def model_config(args: Any) -> GPTModelConfig:

@@ -18,7 +18,6 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from copy import deepcopy
 from typing import Any
 
@@ -29,6 +28,7 @@ from megasft.checks.run.rules import Stage
 from megasft.checks.run.run import Examination
 from megasft.checks.run.subject import Subject, Wishes
 from megasft.errors import FlagError, MegasftError
+from megasft.megatron import flags
 from megasft.severity import Severity
 from megasft.training import arguments, datasets, resume, row_order, run_length, saving
 
@@ -125,14 +125,11 @@ def accept(args: Any, data: datasets.RunData | None = None, *, prints: bool = Fa
     Raises:
         FlagError: Megatron refuses the flags, in its words.
     """
-    from megatron.training.arguments import validate_args
-
     from megasft.megatron.model import model_config
 
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed):
-            validate_args(args)
+        flags.validate(args, printed)
         if data is not None:
             datasets.check_length(args, data)
             datasets.set_eval_iters(args, data)

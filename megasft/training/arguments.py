@@ -7,7 +7,6 @@ model's flags written by the conversion, the user's own.
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +16,13 @@ import orjson
 from megasft.compat import has
 from megasft.errors import FlagError
 from megasft.loss.objectives import OBJECTIVES
-from megasft.megatron import cpu, freeze, rope
+from megasft.megatron import cpu, flags, freeze, rope
 from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
 from megasft.store import TokenStore
 from megasft.training import best, retention, run_length, saving, validation
 from megasft.training.report_arguments import add_report_arguments, check_report
 from megasft.training.turn_weights import add_weight_arguments
+from megasft.training.unknown_flags import clear_errors
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="where row plans are kept (default: row_plans in the store)",
     )
-    for flags in (run_length, freeze, retention, best):
-        flags.add_arguments(group)
+    for subject in (run_length, freeze, retention, best):
+        subject.add_arguments(group)
     add_weight_arguments(group)
     add_report_arguments(group)
     return parser
@@ -176,8 +176,6 @@ def help_text() -> str:
     Megatron 0.19's own ``--help`` fails: some of its texts hold a bare ``%``, which argparse takes
     for a format. Those are printed as they stand.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
     ours = argparse.ArgumentParser(
         prog="torchrun ... -m megasft.pretrain_sft",
         usage="%(prog)s <Megatron flags> --megasft-data STORE --calculate-per-token-loss ...",
@@ -186,7 +184,7 @@ def help_text() -> str:
     )
     add_arguments(ours)
     megatron = argparse.ArgumentParser(usage="Megatron's own flags", add_help=False)
-    add_megatron_arguments(megatron)
+    flags.add_flags(megatron)
     for action in megatron._actions:
         try:
             _ = (action.help or "") % (vars(action) | {"prog": megatron.prog})
@@ -206,16 +204,16 @@ def assemble_argv(user_argv: Sequence[str]) -> list[str]:
     early.add_argument("--pretrained-checkpoint")
     early.add_argument("--transformer-impl")
     known, _ = early.parse_known_args(list(user_argv))
-    flags: list[str] = [*DEFAULT_FLAGS]
+    argv: list[str] = [*DEFAULT_FLAGS]
     if cpu.is_needed():
-        flags += [*cpu.CPU_FLAGS, *LOCAL_SPEC_FLAGS]
+        argv += [*cpu.CPU_FLAGS, *LOCAL_SPEC_FLAGS]
     elif known.transformer_impl is None and not has("transformer_engine"):
-        flags += LOCAL_SPEC_FLAGS
+        argv += LOCAL_SPEC_FLAGS
     if known.megasft_hf:
-        flags += _model_flags(known.megasft_hf)
+        argv += _model_flags(known.megasft_hf)
         if known.pretrained_checkpoint is None:
-            flags += ["--pretrained-checkpoint", str(known.megasft_hf)]
-    return [*flags, *user_argv]
+            argv += ["--pretrained-checkpoint", str(known.megasft_hf)]
+    return [*argv, *user_argv]
 
 
 def _model_flags(folder: Path) -> list[str]:
@@ -329,7 +327,7 @@ def _warn_of_what_depends_on_the_layout(args: Any) -> None:
 
 
 def _check_attention(args: Any) -> None:
-    wants_te, has_te_spec = args.megasft_attention == "te", uses_te_spec(args)
+    wants_te, has_te_spec = args.megasft_attention == "te", flags.uses_te_spec(args)
     if has_te_spec and not has("transformer_engine"):
         raise FlagError(
             "--transformer-impl transformer_engine, and Transformer Engine is not installed; "
@@ -339,18 +337,6 @@ def _check_attention(args: Any) -> None:
         raise FlagError(
             "--megasft-attention te needs --transformer-impl transformer_engine; on a CPU use ring"
         )
-
-
-def uses_te_spec(args: Any) -> bool:
-    """Say whether the layers are Transformer Engine's."""
-    return str(args.transformer_impl) == "transformer_engine"
-
-
-def attention_backend(args: Any) -> str | None:
-    """Return the name of our backend, or None when Transformer Engine attends."""
-    if args.megasft_attention == "auto":
-        return None if uses_te_spec(args) else "ring"
-    return None if args.megasft_attention == "te" else str(args.megasft_attention)
 
 
 def set_vocabulary(args: Any, store: TokenStore) -> None:
@@ -383,12 +369,4 @@ def set_vocabulary(args: Any, store: TokenStore) -> None:
 
 def parse(user_argv: Sequence[str]) -> Any:
     """Parse Megatron's flags and ours; validation comes later (``pretrain_sft``)."""
-    from megatron.training.arguments import parse_args
-
-    from megasft.training.unknown_flags import clear_errors
-
-    previous, sys.argv = sys.argv, [sys.argv[0], *assemble_argv(user_argv)]
-    try:
-        return parse_args(clear_errors(add_arguments))
-    finally:
-        sys.argv = previous
+    return flags.parse(assemble_argv(user_argv), clear_errors(add_arguments))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from megasft.checks.run import parameters
 from megasft.checks.run.finding import Hit
 from megasft.errors import FlagError
-from megasft.training.arguments import attention_backend
+from megasft.megatron.flags import attention_backend
 
 if TYPE_CHECKING:
     from megasft.checks.run.subject import Subject

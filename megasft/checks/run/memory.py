@@ -24,7 +24,7 @@ from megasft.checks.run import parameters
 from megasft.checks.run.finding import Hit, text_of_bytes, text_of_count
 from megasft.checks.run.parameters import Counts, Stage
 from megasft.megatron import cpu
-from megasft.training.arguments import attention_backend
+from megasft.megatron.flags import attention_backend
 
 if TYPE_CHECKING:
     from megasft.checks.run.subject import Subject

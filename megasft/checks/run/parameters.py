@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from megasft.megatron.pipeline import layers_of_stage
+
 
 class Split(NamedTuple):
     """How one copy of the model is cut; all ones for the whole model.
@@ -92,19 +94,12 @@ def of_stages(args: Any, config: Any) -> list[Stage]:
         args: Validated flags.
         config: Megatron's ``TransformerConfig``, which knows the layers of a stage.
     """
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
     split, is_moe = split_of(args), moe_layers(args)
     pp = args.pipeline_model_parallel_size
-    chunks = range(args.virtual_pipeline_model_parallel_size or 1)
     stages = []
     for stage in range(pp):
-        mine: list[bool] = []
-        for chunk in chunks:
-            vp_stage = chunk if len(chunks) > 1 else None
-            first = get_transformer_layer_offset(config, vp_stage, stage)
-            mine += is_moe[first : first + get_num_layers_to_build(config, vp_stage, stage)]
+        vp_size = args.virtual_pipeline_model_parallel_size
+        mine = [is_moe[number] for number in layers_of_stage(config, stage, vp_size=vp_size)]
         counts = Counts(0, 0)
         for has_experts in mine:
             counts = counts.plus(layer(args, split, is_moe=has_experts))

@@ -7,6 +7,7 @@ import pytest
 
 from megasft.attention.backend import BACKENDS
 from megasft.errors import FlagError
+from megasft.megatron.flags import attention_backend
 from megasft.training import arguments
 
 
@@ -121,7 +122,7 @@ def test_what_makes_a_loss_depend_on_the_layout_is_said(
 
 def test_auto_attention_is_the_ring_unless_the_layers_are_transformer_engines() -> None:
     def chosen(**changes: Any) -> str | None:
-        return arguments.attention_backend(flags(**changes))
+        return attention_backend(flags(**changes))
 
     assert chosen() == "ring"
     assert chosen(transformer_impl="transformer_engine") is None
