@@ -68,7 +68,9 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
             pretrain(
                 config,
                 datasets=datasets.datasets_provider(args, data),
-                forward_step=forward_step_func(args, batches, report, probe),
+                forward_step=forward_step_func(
+                    *(args, batches, report, probe), valid_weight_scale=report.scales.together
+                ),
                 evaluated=report.evaluated,
             )
 

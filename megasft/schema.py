@@ -107,6 +107,9 @@ class SFTBatch(NamedTuple):
             the context-parallel ranks); starts at 0.
         cu_seqlens_unpadded: int32 [D + 1]. Running sums of the true document lengths (tail pads
             count 0), for honest FLOP counts.
+        row_ids: int64 [rows]. Number of each row in the plan, the rows of several validation sets
+            numbered through; -1 for a row of padding. The same on every context-parallel rank.
+        set_ids: int64 [rows]. Validation set of each row, 0 in training; -1 for a row of padding.
     """
 
     tokens: torch.Tensor
@@ -121,7 +124,9 @@ class SFTBatch(NamedTuple):
     turn_weights: torch.Tensor
     cu_seqlens: torch.Tensor
     cu_seqlens_unpadded: torch.Tensor
+    row_ids: torch.Tensor
+    set_ids: torch.Tensor
 
 
-PER_TOKEN_FIELDS: Final = SFTBatch._fields[:-2]
+PER_TOKEN_FIELDS: Final = SFTBatch._fields[: SFTBatch._fields.index("cu_seqlens")]
 """The fields of a batch that have one entry per token, and are cut for context parallelism."""

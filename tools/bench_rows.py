@@ -166,7 +166,7 @@ def rates(
 def reader(store: TokenStore, rows: SamplesOfRow, *, row_tokens: int, cp_size: int) -> PackedRows:
     """Return what training reads, on the first context-parallel rank."""
     shape = RowShape(row_tokens, ALIGN_TOKENS, pad_token=0, cp_rank=0, cp_size=cp_size)
-    return PackedRows(store, rows, EveryRow(), length=sys.maxsize, shape=shape)
+    return PackedRows([(store, rows)], EveryRow(), length=sys.maxsize, shape=shape)
 
 
 def made(path: Path, case: Case, *, num_samples: int, seed: int) -> Path:
@@ -238,8 +238,8 @@ def in_a_loop(store: TokenStore, rows: Rows, *, row_tokens: int) -> Columns:
 
 def compare(ours: dict[str, torch.Tensor], loop: Columns) -> None:
     """Stop unless both hold the same."""
-    for name, tensor in ours.items():
-        if not np.array_equal(tensor.numpy(), loop[name]):
+    for name, column in loop.items():
+        if not np.array_equal(ours[name].numpy(), column):
             raise SystemExit(f"{name} differs between PackedRows and the loop; nothing is timed")
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -145,16 +144,15 @@ def take_turns(turns: Turns, per_step: int) -> None:
     The entry point builds both sides from these names when it runs, and this tool runs nothing
     else, so they are exchanged here rather than made configurable there.
     """
-    from megasft.megatron import forward_step, hooks
-    from megasft.training import audit, report
+    from megasft.megatron import forward_step
+    from megasft.training import report
 
-    make_loss = forward_step._training_loss
-    full = report.Report
+    full_loss, full = forward_step.sft_loss, report.Report
 
-    def loss_of_turn(args: Any, loss: Any, batch: SFTBatch, *more: Any) -> Any:
-        full_loss = make_loss(args, loss, batch, *more)
-        whole = full_loss if turns.is_ours else partial(plain_loss, batch)
-        return turns.timed(whole)
+    def loss_of_turn(losses: torch.Tensor, *, batch: SFTBatch, **facts: Any) -> LossOutput:
+        return (
+            full_loss(losses, batch=batch, **facts) if turns.is_ours else plain_loss(batch, losses)
+        )
 
     class Alternating(full):  # type: ignore[misc, valid-type]
         def begin_step(self) -> None:
@@ -169,10 +167,8 @@ def take_turns(turns: Turns, per_step: int) -> None:
             self._stepped_in_turn(optimizer)
             self._began = None
 
-    forward_step._training_loss = loss_of_turn
+    forward_step.sft_loss = turns.timed(loss_of_turn)
     report.Report = Alternating  # type: ignore[misc]
-    audited = audit.audit
-    hooks.audit = lambda **facts: audited(**facts) if turns.is_ours else None
 
 
 def measure(args: argparse.Namespace) -> int:

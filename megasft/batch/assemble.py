@@ -20,7 +20,7 @@ from megasft.schema import TURN_FIELDS, Sample, turn_weights_of
 from megasft.store import Samples
 
 Columns = dict[str, npt.NDArray[Any]]
-"""The fields of an ``SFTBatch`` as numpy arrays."""
+"""Fields of an ``SFTBatch`` as numpy arrays."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -60,7 +60,7 @@ def assemble(
         samples_per_row: Samples of each row, in order; all in one row when not given.
 
     Returns:
-        The fields of ``SFTBatch``, whole rows, shifted.
+        The fields of ``SFTBatch`` but the ids of rows and sets; whole rows, shifted.
 
     Example:
         >>> turns = turn_records([(2, 2, 0, 1)])                       # tokens 2 and 3 are trained

@@ -11,7 +11,7 @@ collate then adds the batch dimension of 1 which Megatron expects for packed seq
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,9 @@ class RowShape:
 
 
 class SamplesOfRow(Protocol):
-    """What ``PackedRows`` asks of a plan: the samples of a row."""
+    """What ``PackedRows`` asks of a plan: the samples of a row, and how many rows there are."""
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> npt.NDArray[np.int64]: ...
 
@@ -61,8 +63,8 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """Micro-batches of packed rows, in the order they are trained or evaluated.
 
     Args:
-        store: Where the samples are.
-        rows: Samples of each row.
+        sets: Stores, and which of their samples make which row: one in training, and those of all
+            validation sets. Rows are numbered through; category ids are those of a row's own store.
         order: Row at each position of the run; ``None`` there is a row of padding.
         length: Positions of the run.
         shape: Layout of the rows on this rank.
@@ -76,14 +78,14 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        store: TokenStore,
-        rows: SamplesOfRow,
+        sets: Sequence[tuple[TokenStore, SamplesOfRow]],
         order: RowAtPosition,
         *,
         length: int,
         shape: RowShape,
     ) -> None:
-        self.store, self.rows, self.order = store, rows, order
+        self.sets, self.order = tuple(sets), order
+        self.first_rows = np.cumsum([0, *(len(rows) for _, rows in sets)])
         self.length, self.shape = length, shape
         _keep_freed_memory()  # forked workers inherit it
 
@@ -94,88 +96,33 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
-        rows = [self._samples_of(position) for position in positions]
-        samples = self.store.samples(np.concatenate(rows))
-        return [_micro_batch(samples, [len(row) for row in rows], self.shape)]
-
-    def _samples_of(self, position: int) -> npt.NDArray[np.int64]:
-        row = self.order[position]
-        return np.zeros(0, np.int64) if row is None else self.rows[row]
-
-
-class RowsOfStore(NamedTuple):
-    """A store, and which of its samples make which row."""
-
-    store: TokenStore
-    rows: SamplesOfRow
-    num_rows: int
-
-
-class RowsOfSets(Dataset[dict[str, torch.Tensor]]):
-    """Micro-batches of several validation sets, whose rows are numbered through.
-
-    A micro-batch has one field more than an ``SFTBatch``: ``set_of_row``, int64 [rows], the set
-    each row is of, -1 for padding. Category ids are those of the row's own store.
-
-    Args:
-        sets: The stores and their rows.
-        order: Row at each position of the run; ``None`` there is a row of padding.
-        length: Positions of the run.
-        shape: Layout of the rows on this rank.
-
-    Attributes:
-        split: As of ``PackedRows``.
-    """
-
-    split: object = None
-
-    def __init__(
-        self, sets: Sequence[RowsOfStore], order: RowAtPosition, *, length: int, shape: RowShape
-    ) -> None:
-        self.sets, self.order = tuple(sets), order
-        self.length, self.shape = length, shape
-        _keep_freed_memory()
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
-        found = [self._samples_of(self.order[position]) for position in positions]
-        parts = [samples for _, samples in found]
-        joined = Samples(
-            [tokens for samples in parts for tokens in samples.tokens],
-            np.concatenate([samples.turns for samples in parts]),
-            np.concatenate([samples.num_turns for samples in parts]),
+        found = [self.order[position] for position in positions]
+        row_ids = np.array([-1 if row is None else row for row in found], np.int64)
+        # Sets of 3 and 2 rows, first_rows [0, 3, 5]: rows 2, 3 and -1 are of sets 0, 1 and -1.
+        set_ids = np.searchsorted(self.first_rows, row_ids, side="right") - 1
+        parts = [
+            self._samples_of(row, number)
+            for row, number in zip(row_ids.tolist(), set_ids.tolist(), strict=True)
+        ]
+        whole = assemble(
+            Samples(
+                [tokens for samples in parts for tokens in samples.tokens],
+                np.concatenate([samples.turns for samples in parts]),
+                np.concatenate([samples.num_turns for samples in parts]),
+            ),
+            row_tokens=self.shape.row_tokens,
+            align_tokens=self.shape.align_tokens,
+            pad_token=self.shape.pad_token,
+            samples_per_row=[len(samples.tokens) for samples in parts],
         )
-        batch = _micro_batch(joined, [len(samples.tokens) for samples in parts], self.shape)
-        return [batch | {"set_of_row": torch.tensor([number for number, _ in found])}]
+        share = shard(whole, cp_rank=self.shape.cp_rank, cp_size=self.shape.cp_size)
+        share |= {"row_ids": row_ids, "set_ids": set_ids}
+        return [{name: torch.from_numpy(share[name]) for name in SFTBatch._fields}]
 
-    def _samples_of(self, row: int | None) -> tuple[int, Samples]:
-        if row is None:
-            return -1, self.sets[0].store.samples(np.zeros(0, np.int64))
-        number = 0
-        while row >= self.sets[number].num_rows:
-            row -= self.sets[number].num_rows
-            number += 1
-        store, rows, _ = self.sets[number]
-        return number, store.samples(rows[row])
-
-
-def _micro_batch(
-    samples: Samples, samples_per_row: Sequence[int], shape: RowShape
-) -> dict[str, torch.Tensor]:
-    whole = assemble(
-        samples,
-        row_tokens=shape.row_tokens,
-        align_tokens=shape.align_tokens,
-        pad_token=shape.pad_token,
-        samples_per_row=samples_per_row,
-    )
-    share = shard(whole, cp_rank=shape.cp_rank, cp_size=shape.cp_size)
-    return {name: torch.from_numpy(share[name]) for name in SFTBatch._fields}
+    def _samples_of(self, row: int, number: int) -> Samples:
+        store, rows = self.sets[max(number, 0)]
+        own = np.zeros(0, np.int64) if row < 0 else rows[row - self.first_rows[number]]
+        return store.samples(own)
 
 
 def _keep_freed_memory() -> None:

@@ -14,8 +14,8 @@ column of its own then.
 Sums are float64, so that they are the same on every layout to many digits more than are printed.
 """
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 
@@ -38,6 +38,13 @@ LAST_POSITION: Final = 8
 LENGTH_EDGES: Final = (16, 64, 256, 1024, 4096, 16384)
 """Label tokens at which the next slot of turn lengths begins."""
 
+WHOLE: Final = 0
+POSITIONS: Final = slice(1, 1 + LAST_POSITION)
+LENGTHS: Final = slice(POSITIONS.stop, POSITIONS.stop + len(LENGTH_EDGES) + 1)
+CATEGORIES: Final = slice(LENGTHS.stop, None)
+"""Slots of a set of rows: everything, turns by their place in the sample, turns by label tokens,
+categories by ascending id, of which ``NO_CATEGORY`` is the first."""
+
 _SET_BITS: Final = 32
 
 
@@ -52,140 +59,79 @@ def named(sums: Sequence[float]) -> dict[str, float]:
     return dict(zip(columns, sums, strict=True))
 
 
-class Span(NamedTuple):
-    """Rows of the table, from ``start`` to before ``stop``."""
-
-    start: int
-    stop: int
-
-
-class SlotsOfSet(NamedTuple):
-    """Where the sums of one set of rows are: the training rows, or one validation set.
-
-    Attributes:
-        whole: The row of everything.
-        categories: Rows of the categories, in the order of ``category_ids``.
-        category_ids: Ascending; the first is ``NO_CATEGORY``.
-        positions: Rows of turn 1, 2, ... of their sample.
-        lengths: Rows of turns by label tokens.
-    """
-
-    whole: int
-    categories: Span
-    category_ids: tuple[int, ...]
-    positions: Span
-    lengths: Span
-
-
 class Breakdown:
-    """The table of this rank, and where its slots are.
+    """The table of this rank.
 
     Args:
-        categories: Ids of the categories of each set of rows; one set when training.
+        categories: Id to name of the categories of each set of rows: one set when training, and
+            each validation set.
         objective: A name of ``OBJECTIVES``.
         has_weights: Turns have weights other than 1.
         device: Where losses are.
 
     Attributes:
-        sums: float64 [slots, 8]. What micro-batches have added so far; columns as ``COLUMNS``, and
-            ``WEIGHTED_CE`` where turns have weights.
-        sets: The slots of each set.
+        sums: float64 [sets, slots, 8]. What micro-batches have added so far; slots as ``WHOLE`` and
+            its like say, columns as ``COLUMNS``, and ``WEIGHTED_CE`` where turns have weights.
+        names: Names of the categories of each set, in the order of their slots; the first has none.
     """
 
     def __init__(
         self,
-        categories: Sequence[Sequence[int]],
+        categories: Sequence[Mapping[int, str]],
         *,
         objective: str,
         has_weights: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.weights = OBJECTIVES[objective].weights
-        self.sets = slots_of_sets(categories)
-        size = (self.sets[-1].lengths.stop, len(COLUMNS) + has_weights)
+        of_sets = [dict(sorted({**own, NO_CATEGORY: ""}.items())) for own in categories]
+        self.names = [tuple(own.values()) for own in of_sets]
+        num_slots = CATEGORIES.start + max(map(len, of_sets))
+        size = (len(of_sets), num_slots, len(COLUMNS) + has_weights)
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
-        keys = [(n << _SET_BITS) + i for n, one in enumerate(self.sets) for i in one.category_ids]
+        # Categories 0 and 4 of set 1 are keys 1 << 32 and (1 << 32) + 4, ascending over all sets.
+        keys = [(n << _SET_BITS) + i for n, own in enumerate(of_sets) for i in own]
+        slots = [
+            n * num_slots + CATEGORIES.start + k
+            for n, own in enumerate(of_sets)
+            for k in range(len(own))
+        ]
         self._keys = torch.tensor(keys, device=device)
+        self._slot_of_key = torch.tensor(slots, device=device)
         self._edges = torch.tensor(LENGTH_EDGES, dtype=torch.int32, device=device)
 
-    def add(
-        self, losses: torch.Tensor, batch: SFTBatch, *, set_of_row: torch.Tensor | None = None
-    ) -> None:
+    def add(self, losses: torch.Tensor, batch: SFTBatch) -> None:
         """Add the losses of one share of a micro-batch.
 
         Args:
             losses: float [1, T] or [T]. Cross entropy per token; anything where there is no label.
-            batch: The share, on the device of the losses.
-            set_of_row: int64 [rows]. The set each row is of, -1 for padding; one set without it.
+            batch: The share, its per-token fields on the device of the losses.
         """
-        has_weights = self.sums.shape[1] > len(COLUMNS)
+        num_columns = self.sums.shape[-1]
+        has_weights = num_columns > len(COLUMNS)
         values = _values(losses.detach(), batch, self.weights(batch), has_weights=has_weights)
-        set_of_token = None
-        if set_of_row is not None:
-            # A row gives every rank equally many tokens, and rows keep their order in a share.
-            row_tokens = len(batch.tokens) // len(set_of_row)
-            own = set_of_row.to(self.sums.device).clamp(min=0)
-            set_of_token = own.repeat_interleave(row_tokens)
-        for slots in self._slots(batch, set_of_token):
-            self.sums.index_add_(0, slots, values)
-        if set_of_token is None:
-            self.sums[self.sets[0].whole] += values.sum(dim=0)
+        for slots in self._slots(batch):
+            self.sums.view(-1, num_columns).index_add_(0, slots, values)
+        if len(self.sums) == 1:
+            self.sums[0, WHOLE] += values.sum(dim=0)
 
-    def _slots(
-        self, batch: SFTBatch, set_of_token: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the row of the table each label falls into, for each group."""
-        first = self.sets[0]
-        position = batch.turn_numbers.clamp(min=1, max=LAST_POSITION) + (first.positions.start - 1)
-        length = torch.bucketize(batch.turn_tokens, self._edges, right=True, out_int32=True)
-        length += first.lengths.start
-        keys = batch.category_ids.long()
-        if set_of_token is None:
-            return self._category(keys, torch.zeros_like(keys)), position, length
-        of_set = set_of_token << _SET_BITS
-        return (
-            self._category(keys + of_set, of_set),
-            position + set_of_token * LAST_POSITION,
-            length + set_of_token * (len(LENGTH_EDGES) + 1),
-            set_of_token + first.whole,
-        )
-
-    def _category(self, keys: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
-        """Return the rows of categories; an id the store does not name goes with those of none."""
+    def _slots(self, batch: SFTBatch) -> tuple[torch.Tensor, ...]:
+        """Return int64 [T] for each group: the slot of each label, counted over all sets."""
+        # A row of padding has no label, so it adds zeros wherever it goes.
+        set_of_row = batch.set_ids.to(self.sums.device, non_blocking=True).clamp(min=0)
+        # A row gives every rank equally many tokens, and rows keep their order in a share.
+        set_of_token = set_of_row.repeat_interleave(len(batch.tokens) // len(set_of_row))
+        first = set_of_token * self.sums.shape[1]
+        position = batch.turn_numbers.clamp(min=1, max=LAST_POSITION) + (POSITIONS.start - 1)
+        length = torch.bucketize(batch.turn_tokens, self._edges, right=True) + LENGTHS.start
+        keys = batch.category_ids + (set_of_token << _SET_BITS)
         place = torch.bucketize(keys, self._keys).clamp(max=len(self._keys) - 1)
-        place = torch.where(self._keys[place] == keys, place, torch.bucketize(none, self._keys))
-        return place + self.sets[0].categories.start
-
-
-def slots_of_sets(categories: Sequence[Sequence[int]]) -> list[SlotsOfSet]:
-    """Lay out the table: all wholes, then all categories, all positions, all lengths.
-
-    Args:
-        categories: Ids of the categories of each set.
-
-    Example:
-        >>> slots_of_sets([[4]])[0].category_ids, slots_of_sets([[4]])[0].categories
-        ((0, 4), Span(start=1, stop=3))
-    """
-    ids = [tuple(sorted({NO_CATEGORY, *own})) for own in categories]
-    lengths = len(LENGTH_EDGES) + 1
-    num_sets, num_categories = len(ids), sum(map(len, ids))
-    at_category, at_position = num_sets, num_sets + num_categories
-    at_length = at_position + num_sets * LAST_POSITION
-    slots = []
-    for n, own in enumerate(ids):
-        position, length = at_position + n * LAST_POSITION, at_length + n * lengths
-        slots.append(
-            SlotsOfSet(
-                n,
-                Span(at_category, at_category + len(own)),
-                own,
-                Span(position, position + LAST_POSITION),
-                Span(length, length + lengths),
-            )
-        )
-        at_category += len(own)
-    return slots
+        # An id the store does not name goes with those of none.
+        is_named = self._keys[place] == keys
+        category = torch.where(is_named, self._slot_of_key[place], first + CATEGORIES.start)
+        groups = (category, first + position, first + length)
+        # The whole of a single set is summed without scattering.
+        return groups if len(self.sums) == 1 else (*groups, first + WHOLE)
 
 
 def _values(

@@ -65,3 +65,13 @@ OBJECTIVES: Final[dict[str, Objective]] = {
     ),
 }
 """``--megasft-loss NAME``."""
+
+
+def weight_scale(units: int, unit_weights: float) -> float:
+    """Return units over the sum of their weights; 1 where there is no unit.
+
+    Example:
+        >>> weight_scale(3, 1.5)
+        2.0
+    """
+    return units / unit_weights if units else 1.0

@@ -9,16 +9,17 @@ batch on every rank and in each of its micro-batches, whatever the layout.
 
 from typing import Any, NamedTuple
 
+from megasft.loss.objectives import weight_scale
+from megasft.megatron import loop
 from megasft.packing.cost_window import CostWindow
 from megasft.packing.plan import RowPlan
-from megasft.training.turn_weights import weight_scale
 
 
 class GlobalBatch(NamedTuple):
     """Contents of one global batch, over all ranks and micro-batches.
 
     Attributes:
-        rows: Rows of the plan, in the order of the run before they are dealt to ranks.
+        rows: Rows of the plan, in the order of the run before they are distributed to ranks.
         units: What the loss is divided by.
         labels: Label tokens.
         positions: Tokens, padding counted.
@@ -83,7 +84,4 @@ class GlobalBatches:
         Args:
             args: Megatron's flags; it counts the consumed rows there, after each step.
         """
-        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-
-        size = get_current_running_global_batch_size()
-        return self.at(int(args.consumed_train_samples), num_rows=int(size))
+        return self.at(int(args.consumed_train_samples), num_rows=loop.batch_size())

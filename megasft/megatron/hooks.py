@@ -7,13 +7,11 @@ import torch
 
 from megasft.loss.auxiliary import side_loss_scale
 from megasft.megatron.global_batch import GlobalBatches
-from megasft.megatron.probe import Probe
-from megasft.training.audit import audit
-from megasft.training.report import Report
+from megasft.megatron.probe import Observer, Probe
 
 
 def install(
-    config: Any, args: Any, batches: GlobalBatches, report: Report, probe: Probe | None = None
+    config: Any, args: Any, batches: GlobalBatches, observer: Observer, probe: Probe | None = None
 ) -> None:
     """Set the hooks of a run.
 
@@ -21,37 +19,24 @@ def install(
         config: Megatron's ``TransformerConfig``.
         args: Megatron's flags.
         batches: What the row plan knows of each global batch.
-        report: What the run reports of each step.
+        observer: Is notified of the final gradients of each step.
         probe: Sees the final gradients of each step.
     """
-    config.finalize_model_grads_func = _finalize(config, args, batches, report, probe)
+    config.finalize_model_grads_func = _finalize(config, observer, probe)
     config.moe_grad_scale_func = _scale(config, args, batches, counted="positions")
     config.mtp_grad_scale_func = _scale(config, args, batches, counted="labels")
 
 
-def _finalize(
-    config: Any, args: Any, batches: GlobalBatches, report: Report, probe: Probe | None
-) -> Callable[..., None]:
-    """Return Megatron's own finalization, followed by the report, the audit and the probe."""
+def _finalize(config: Any, observer: Observer, probe: Probe | None) -> Callable[..., None]:
+    """Return Megatron's own finalization, followed by the observer and the probe."""
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
     def finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **groups: Any) -> None:
         finalize_model_grads(model, num_tokens, **groups)
-        report.finalize(config)
-        report.keeper.end_step()
         assert num_tokens is not None, "--calculate-per-token-loss is checked before the start"
-        if args.megasft_no_audit and probe is None:
-            return
-        units = int(num_tokens.item())
-        if not args.megasft_no_audit:
-            audit(
-                step=args.curr_iteration + 1,
-                reduced=units,
-                batch=batches.now(args),
-                objective=args.megasft_loss,
-            )
+        observer.finalize(config, num_tokens)
         if probe is not None:
-            probe.gradients(model, units)
+            probe.gradients(model, int(num_tokens.item()))
 
     return finalize
 

@@ -1,14 +1,33 @@
-"""A place to look into a training run, and to break it on purpose; `megasft prove` uses it.
+"""What follows a run from inside: the observer that reports it, and a probe that may break it.
 
-A run without a probe pays nothing. What a probe may change is what a defect would change: the share
-of a batch, and the loss output of a micro-batch. It sees the gradients of a step when Megatron has
-finished with them (reduced over all ranks and divided) and before the optimizer has begun.
+`megasft prove` uses a probe to look into a training run, and to break it on purpose. A run without
+one pays nothing. What a probe may change is what a defect would change: the share of a batch, and
+the loss output of a micro-batch. It sees the gradients of a step when Megatron has finished with
+them (reduced over all ranks and divided) and before the optimizer has begun.
 """
 
 from typing import Any, Protocol
 
+import torch
+
 from megasft.loss.loss_func import LossOutput
 from megasft.schema import SFTBatch
+
+
+class Observer(Protocol):
+    """What is notified of each micro-batch and step of a run."""
+
+    def begin_step(self) -> None:
+        """Note that a training micro-batch begins, the first of its step or another."""
+        ...
+
+    def add(self, losses: torch.Tensor, batch: SFTBatch, *, is_training: bool) -> None:
+        """See the losses of a micro-batch: on the last stage, one rank of a tensor group."""
+        ...
+
+    def finalize(self, config: Any, num_units: torch.Tensor) -> None:
+        """See, on every rank, that the gradients of a step are final, and what divided them."""
+        ...
 
 
 class Probe(Protocol):

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from megasft.loss.breakdown import (
+    CATEGORIES,
     LAST_POSITION,
     LENGTH_EDGES,
+    LENGTHS,
+    POSITIONS,
     WEIGHTED_CE,
-    SlotsOfSet,
-    Span,
+    WHOLE,
     named,
 )
-from megasft.schema import NO_CATEGORY
 
 POSITION_NAMES: Final = (*(str(n) for n in range(1, LAST_POSITION)), f"{LAST_POSITION}+")
 """Names of turn positions: the first, second, ... turn of a sample."""
@@ -158,28 +159,27 @@ class ValidationRecord:
 
 
 def losses_of(
-    table: Sequence[Sequence[float]],
-    slots: SlotsOfSet,
+    slots: Sequence[Sequence[float]],
+    categories: Sequence[str],
     *,
     objective: str,
     dft_alpha: float,
-    names: Mapping[int, str],
     weight_scale: float = 1.0,
 ) -> Losses | None:
     """Divide the sums of a set, once.
 
     Args:
-        table: The sums of all ranks, see ``megasft.loss.breakdown``.
-        slots: Which rows of it.
+        slots: The set's sums of all ranks, see ``megasft.loss.breakdown``.
+        categories: Name of each category, in the order of the slots; one without a name is not
+            reported.
         objective: Of the run.
         dft_alpha: Of the run.
-        names: Name of each category id.
         weight_scale: Units over the sum of their weights, where weights are normalized.
 
     Returns:
         None when the set has no label.
     """
-    whole = named(table[slots.whole])
+    whole = named(slots[WHOLE])
     if not whole["labels"]:
         return None
     means = {
@@ -194,7 +194,6 @@ def losses_of(
     full_dft = weight_scale * whole["weighted_p_ce"] / units
     alpha = dft_alpha or 1.0
     dft_loss = alpha * full_dft + (1.0 - alpha) * loss
-    categories = ["" if i == NO_CATEGORY else names.get(i, str(i)) for i in slots.category_ids]
     return Losses(
         loss=dft_loss if dft_alpha else loss,
         token_loss=means["token"],
@@ -206,16 +205,17 @@ def losses_of(
         turns=round(whole["turns"]),
         samples=round(whole["samples"]),
         divisor=units / weight_scale,
-        categories=_means(table, slots.categories, categories),
-        turn_positions=_means(table, slots.positions, POSITION_NAMES),
-        turn_lengths=_means(table, slots.lengths, LENGTH_NAMES),
+        categories=_means(slots[CATEGORIES], categories),
+        turn_positions=_means(slots[POSITIONS], POSITION_NAMES),
+        turn_lengths=_means(slots[LENGTHS], LENGTH_NAMES),
     )
 
 
-def _means(table: Sequence[Sequence[float]], rows: Span, names: Sequence[str]) -> dict[str, Means]:
-    """Return the means of rows that have a name and labels."""
+def _means(slots: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Means]:
+    """Return the means of slots that have a name and labels."""
     found = {}
-    for name, sums in zip(names, table[rows.start : rows.stop], strict=True):
+    # Another set may have more categories, and so slots that this one has no name for.
+    for name, sums in zip(names, slots, strict=False):
         row = named(sums)
         if row["labels"] and name:
             found[name] = Means(

@@ -1,6 +1,6 @@
-"""What a place to write records to must do, and what it is told about the run."""
+"""What a place to write records to must do, and what it knows about the run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ class Setup:
         folder: Log folder; None when the run keeps none.
         flags: The run's flags, for trackers that show them.
         writer: TensorBoard's, where Megatron made one.
+        wandb: Megatron's writer to W&B, where it made one (``--wandb-project``).
+        valid_names: Validation sets whose losses are also written by Megatron's own tags.
         console_interval: Steps from one printed line to the next; 0 prints none.
         table_interval: Steps from one printed table of categories to the next; 0 prints none.
         trains: Whether the run trains, and not only evaluates.
@@ -36,6 +38,8 @@ class Setup:
     folder: Path | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
     writer: ScalarWriter | None = None
+    wandb: Any = None
+    valid_names: Sequence[str] = ()
     console_interval: int = 1
     table_interval: int = 0
     trains: bool = True

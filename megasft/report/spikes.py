@@ -2,8 +2,8 @@
 
 A step is a spike when its loss is above a multiple of the median of the steps before it, or is no
 number. The median was chosen over the mean because one spike must not hide the next. Losses per
-conversation are summed in every step (they ride in the all-reduce of the other sums) and written
-for spikes alone: those of every step would be most of a log.
+conversation are summed in every step (in the all-reduce of the other sums) and written for spikes
+alone: those of every step would be most of a log.
 """
 
 import math
@@ -50,7 +50,7 @@ class Spike:
         loss: What is optimised.
         median: Of the steps before it.
         stores: Folders of the run's stores.
-        samples: Conversations that have labels, dearest first.
+        samples: Conversations that have labels, the one with the highest loss first.
     """
 
     step: int
@@ -99,7 +99,7 @@ class SpikeFile:
         append_line(self.path, line | {"stores": spike.stores, "samples": columns})
 
 
-def dearest_first(
+def highest_first(
     samples: Sequence[int], sums: Sequence[Sequence[float]]
 ) -> tuple[SampleLoss, ...]:
     """Return the conversations that have labels, the one with the highest loss first.

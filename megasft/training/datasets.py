@@ -10,19 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from megasft.batch.dataset import (
-    PackedRows,
-    RowAtPosition,
-    RowShape,
-    RowsOfSets,
-    RowsOfStore,
-    WholeSet,
-)
+from megasft.batch.dataset import PackedRows, RowAtPosition, RowShape, WholeSet
 from megasft.cp_layout import require_alignment
 from megasft.draw import Draw, draw
 from megasft.errors import FlagError
+from megasft.megatron import loop
 from megasft.mixture import read_mixture
-from megasft.packing.balance import BatchShape
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.store import TokenStore
 from megasft.store_group import open_stores, population_of
@@ -162,45 +155,34 @@ def set_eval_iters(args: Any, data: RunData) -> None:
 
 def datasets_provider(
     args: Any, data: RunData
-) -> Callable[[Any], tuple[PackedRows, PackedRows | RowsOfSets | None, None]]:
+) -> Callable[[Any], tuple[PackedRows, PackedRows | None, None]]:
     """Return what Megatron calls for its train, validation and test datasets."""
 
     def provide(
         _num_samples: Any, vp_stage: int | None = None
-    ) -> tuple[PackedRows, PackedRows | RowsOfSets | None, None]:
-        from megatron.core import mpu
-        from megatron.core.datasets.utils import Split
-        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-
-        def rows(planned: PlannedStore, order: RowAtPosition) -> PackedRows:
-            return PackedRows(planned.store, planned.plan.rows, order, length=ENDLESS, shape=shape)
-
-        def valid_rows(sets: Sequence[PlannedStore]) -> PackedRows | RowsOfSets:
-            stores = [RowsOfStore(p.store, p.plan.rows, len(p.plan)) for p in sets]
-            period = args.eval_iters * args.eval_global_batch_size
-            whole = WholeSet(num_rows=sum(rows.num_rows for rows in stores), period=period)
-            if validation.reported_names(args.megasft_valid_data):
-                return RowsOfSets(stores, whole, length=ENDLESS, shape=shape)
-            (planned,) = sets
-            return rows(planned, whole)
-
+    ) -> tuple[PackedRows, PackedRows | None, None]:
+        cp_rank, cp_size = loop.context_parallel()
         shape = RowShape(
             row_tokens=data.train.plan.row_tokens,
             align_tokens=data.train.plan.align_tokens,
             pad_token=_pad_token(data.train.store),
-            cp_rank=mpu.get_context_parallel_rank(),
-            cp_size=mpu.get_context_parallel_world_size(),
+            cp_rank=cp_rank,
+            cp_size=cp_size,
         )
-        batch = BatchShape(
-            global_batch_size=get_current_running_global_batch_size(),
-            dp_size=mpu.get_data_parallel_world_size(),
-            micro_batch_size=args.micro_batch_size,
-        )
-        train = rows(data.train, row_order.training_order(args, data.train.plan, batch))
+
+        def rows_of(sets: Sequence[PlannedStore], order: RowAtPosition) -> PackedRows:
+            rows = [(planned.store, planned.plan.rows) for planned in sets]
+            return PackedRows(rows, order, length=ENDLESS, shape=shape)
+
+        order = row_order.training_order(args, data.train.plan, loop.batch_shape(args))
+        train = rows_of([data.train], order)
         if not data.valid:
             return train, None, None
-        valid = valid_rows(tuple(data.valid.values()))
-        valid.split = Split.valid
+        sets = tuple(data.valid.values())
+        period = args.eval_iters * args.eval_global_batch_size
+        whole = WholeSet(num_rows=sum(len(planned.plan) for planned in sets), period=period)
+        valid = rows_of(sets, whole)
+        valid.split = loop.validation_split()
         return train, valid, None
 
     # Every rank builds its dataset: nothing is broadcast over tensor-parallel ranks.

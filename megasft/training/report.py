@@ -11,17 +11,16 @@ Rank 0 prints and writes; the last rank, where Megatron keeps its TensorBoard wr
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 import numpy as np
 import psutil
 import torch
 
-from megasft.loss.breakdown import Breakdown, named
+from megasft.loss.breakdown import WHOLE, Breakdown, named
 from megasft.loss.per_sample import SAMPLE_COLUMNS
-from megasft.megatron import cpu
+from megasft.megatron import cpu, loop
 from megasft.megatron.global_batch import GlobalBatches
 from megasft.megatron.optimizer_watch import OptimizerStep, watch
 from megasft.report.devices import peak_tflops
@@ -31,13 +30,14 @@ from megasft.report.sink import Setup, Sink
 from megasft.report.sinks import SINKS
 from megasft.schema import SFTBatch
 from megasft.store import TokenStore
-from megasft.training.audit import audit_evaluation
+from megasft.training.audit import audit, audit_evaluation
 from megasft.training.best import loss_of_each
 from megasft.training.datasets import RunData
 from megasft.training.report_arguments import log_folder
 from megasft.training.saving import Keeper
 from megasft.training.spikes import Spikes
-from megasft.training.turn_weights import Scales, evaluation_scales
+from megasft.training.turn_weights import evaluation_scales
+from megasft.training.validation import reported_names
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +45,24 @@ GIB: Final = 2**30
 
 
 class Report:
-    """Gathers what is reported of a run; one per rank.
+    """Gathers what is reported of a run; one per rank. An ``Observer`` of Megatron's loop.
 
     Args:
         args: Megatron's flags.
         data: Stores and plans of the run.
         batches: What the row plan knows of each global batch.
         keeper: Follows each evaluation.
+
+    Attributes:
+        scales: What the losses of an evaluation are multiplied by.
     """
 
     def __init__(self, args: Any, data: RunData, batches: GlobalBatches, keeper: Keeper) -> None:
         self.args, self.batches, self.keeper = args, batches, keeper
         self.store, self.plan = data.train.store, data.train.plan
-        self.valid_names, self.valid = tuple(data.valid), tuple(data.valid.values())
+        self.valid = data.valid
+        self.scales = evaluation_scales(args, [planned.plan for planned in self.valid.values()])
         self._last_step: int | None = None
-        self.names = {"train": [_categories(self.store)]}
-        self.names["valid"] = [_categories(planned.store) for planned in self.valid]
         self._tables: dict[str, Breakdown] = {}
         self._sinks: list[Sink] = []
         self._reduced: torch.Tensor | None = None
@@ -75,29 +77,21 @@ class Report:
         if self._began is None:
             self._began = time.perf_counter()
 
-    def add(
-        self,
-        losses: torch.Tensor,
-        batch: SFTBatch,
-        *,
-        is_training: bool,
-        set_of_row: torch.Tensor | None = None,
-    ) -> None:
+    def add(self, losses: torch.Tensor, batch: SFTBatch, *, is_training: bool) -> None:
         """Add the losses of a micro-batch; called where there are any, on the last stage."""
-        from megatron.core import mpu
+        self._table("train" if is_training else "valid").add(losses, batch)
+        if is_training and self._spikes is not None:
+            self._spikes.add(losses, batch)
 
-        # Every rank of a tensor-parallel group has the same losses.
-        if mpu.get_tensor_model_parallel_rank() == 0:
-            table = self._table("train" if is_training else "valid")
-            table.add(losses, batch, set_of_row=set_of_row)
-            if is_training and self._spikes is not None:
-                self._spikes.add(losses, batch)
-
-    def finalize(self, config: Any) -> None:
+    def finalize(self, config: Any, num_units: torch.Tensor) -> None:
         """Sum the table of the step over all ranks; called on each, after its last micro-batch.
 
         Args:
             config: Megatron's ``TransformerConfig``.
+            num_units: int []. What Megatron summed over all ranks and divided by.
+
+        Raises:
+            AuditError: Those are not the units of the step's rows.
         """
         if self._is_watching is None:
             self._is_watching = watch(config, self._stepped)
@@ -105,11 +99,14 @@ class Report:
                 logger.warning("Megatron's config holds no optimizer; steps are not reported")
         # A step that Megatron runs again, to check a result, counts once: the last run of it.
         self._reduced, self._reduced_samples = self._sum_of_ranks("train")
-
-    @cached_property
-    def scales(self) -> Scales:
-        """What the losses of an evaluation are multiplied by."""
-        return evaluation_scales(self.args, [planned.plan for planned in self.valid])
+        self.keeper.end_step()
+        if not self.args.megasft_no_audit:
+            audit(
+                step=self.args.curr_iteration + 1,
+                reduced=int(num_units.item()),
+                batch=self.batches.now(self.args),
+                objective=self.args.megasft_loss,
+            )
 
     def evaluated(self, _model: Any) -> None:
         """Report an evaluation; Megatron calls it on all ranks at the end (``non_loss_data_func``).
@@ -119,17 +116,16 @@ class Report:
         back, since the weights and so all numbers would be the same.
         """
         sums, _ = self._sum_of_ranks("valid")
-        table, slots = sums.tolist(), self._tables["valid"].sets
         # Without a step, as when a finished run is started again, it is that of the checkpoint.
         step = int(self.args.iteration if self._last_step is None else self._last_step)
-        if not self.args.megasft_no_audit:
-            self._audit_evaluation(step, table)
+        sets, table, categories = {}, sums.tolist(), self._tables["valid"].names
+        for n, (name, planned) in enumerate(self.valid.items()):
+            if not self.args.megasft_no_audit:
+                found = named(table[n][WHOLE])
+                audit_evaluation(step=step, name=name, found=found, plan=planned.plan)
+            sets[name] = self._losses(table[n], categories[n], self.scales.each[n])
         if self._last_step is not None and step == self.args.train_iters:
             self.args.do_valid = False
-        sets = {
-            name: self._losses(table, slots[n], self.names["valid"][n], self.scales.each[n])
-            for n, name in enumerate(self.valid_names)
-        }
         self.keeper.evaluated(step, loss_of_each(sets))
         if self._is_reported(step):
             return
@@ -141,7 +137,7 @@ class Report:
         folder = log_folder(self.args)
         if self._last_step is not None or self.args.skip_train or folder is None:
             return False
-        return has_evaluation(folder, step=step, names=self.valid_names)
+        return has_evaluation(folder, step=step, names=tuple(self.valid))
 
     def __enter__(self) -> Self:
         """Open what is written to: a rank that cannot must not leave others in a collective."""
@@ -151,14 +147,6 @@ class Report:
     def __exit__(self, *_exception: object) -> None:
         """Close what is written to, however the run ends."""
         self._write(lambda sink: sink.close())
-
-    def _audit_evaluation(self, step: int, table: Sequence[Sequence[float]]) -> None:
-        """Compare what was evaluated with what the rows of the validation stores hold."""
-        for name, planned, slots in zip(
-            self.valid_names, self.valid, self._tables["valid"].sets, strict=True
-        ):
-            found = named(table[slots.whole])
-            audit_evaluation(step=step, name=name, found=found, plan=planned.plan)
 
     def _stepped(self, optimizer: OptimizerStep) -> None:
         """Write the record of the step."""
@@ -170,13 +158,12 @@ class Report:
             return
         batch = self.batches.now(self.args)
         lengths = self._lengths(batch.rows)
-        (slots,), (names,) = self._tables["train"].sets, self.names["train"]
-        tokens = int(lengths.sum())
+        (slots,), tokens = self._reduced.tolist(), int(lengths.sum())
         record = StepRecord(
             step=self._last_step,
             num_steps=int(self.args.train_iters),
             epoch=(self.args.consumed_train_samples + len(batch.rows)) / self.plan.epoch_rows,
-            losses=self._losses(self._reduced.tolist(), slots, names, batch.weight_scale),
+            losses=self._losses(slots, self._tables["train"].names[0], batch.weight_scale),
             padding=1.0 - tokens / batch.positions,
             speed=self._speed(seconds, lengths, labels=batch.labels),
             grad_norm=optimizer.grad_norm,
@@ -220,9 +207,10 @@ class Report:
 
     def _table(self, which: str) -> Breakdown:
         if which not in self._tables:
-            stores = [self.store] if which == "train" else [p.store for p in self.valid]
+            valid = [planned.store for planned in self.valid.values()]
+            stores = [self.store] if which == "train" else valid
             self._tables[which] = Breakdown(
-                [sorted(names) for names in self.names[which]],
+                [_categories(store) for store in stores],
                 objective=self.args.megasft_loss,
                 has_weights=any(store.has_weights for store in stores),
                 device=torch.device("cuda", torch.cuda.current_device()),
@@ -246,18 +234,13 @@ class Report:
         return by_slot.view_as(table), samples
 
     def _losses(
-        self,
-        table: Sequence[Sequence[float]],
-        slots: Any,
-        names: Mapping[int, str],
-        weight_scale: float,
+        self, slots: Sequence[Sequence[float]], categories: Sequence[str], weight_scale: float
     ) -> Losses | None:
         return losses_of(
-            table,
             slots,
+            categories,
             objective=self.args.megasft_loss,
             dft_alpha=self.args.megasft_dft_alpha,
-            names=names,
             weight_scale=weight_scale,
         )
 
@@ -267,16 +250,9 @@ class Report:
         return self.store.tokens.lengths[samples].astype(np.int64)
 
     def _speed(self, seconds: float, lengths: Any, *, labels: int) -> Speed:
-        from megatron.training.training import num_floating_point_operations
-
-        operations = num_floating_point_operations(
-            self.args,
-            batch_size=0,
-            seqlen_squared_sum_in_batch=float(np.square(lengths).sum()),
-            total_real_tokens_in_batch=float(lengths.sum()),
-        )
         per_rank = seconds * self.args.world_size
-        tflops, peak = operations / per_rank / 1e12, _peak(self.args)
+        tflops = loop.operations(self.args, lengths) / per_rank / 1e12
+        peak = _peak(self.args)
         return Speed(
             seconds=seconds,
             tokens=float(lengths.sum()) / per_rank,
@@ -292,12 +268,13 @@ def _categories(store: TokenStore) -> dict[int, str]:
 
 def _sinks(args: Any) -> list[Sink]:
     """Make the sinks of this rank."""
-    from megatron.training.global_vars import get_tensorboard_writer
-
+    writer, wandb = loop.writers()
     setup = Setup(
         folder=log_folder(args),
         flags={k: v for k, v in vars(args).items() if isinstance(v, str | int | float | bool)},
-        writer=get_tensorboard_writer(),
+        writer=writer,
+        wandb=wandb,
+        valid_names=reported_names(args.megasft_valid_data),
         console_interval=args.megasft_console_interval,
         table_interval=args.megasft_table_interval,
         trains=not args.skip_train,

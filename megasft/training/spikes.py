@@ -1,23 +1,15 @@
-"""Losses per conversation of a training step, gathered on the road of the other sums.
+"""Losses per conversation of a training step, reduced together with the other sums."""
 
-The rows of a micro-batch are not told by the batch; they follow from Megatron's sampler
-(``--dataloader-type single``: micro-batch ``m`` of data-parallel rank ``d`` starts at position
-``(m * dp_size + d) * micro_batch_size`` of the global batch) and the order the dataset reads.
-"""
-
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasft.loss.per_sample import SampleSums
+from megasft.loss.per_sample import SAMPLE_COLUMNS, add_by_sample
 from megasft.megatron.global_batch import GlobalBatches
-from megasft.packing.balance import BatchShape
-from megasft.report.spikes import Spike, SpikeFile, dearest_first
+from megasft.report.spikes import Spike, SpikeFile, highest_first
 from megasft.schema import SFTBatch
-from megasft.training import row_order
 from megasft.training.datasets import PlannedStore
 from megasft.training.report_arguments import log_folder
 
@@ -33,11 +25,8 @@ class Spikes:
 
     def __init__(self, args: Any, train: PlannedStore, batches: GlobalBatches) -> None:
         self.args, self.plan, self.batches = args, train.plan, batches
-        self.order: Any = None
-        self.table: SampleSums | None = None
-        self.rows: Sequence[int] = ()
+        self.table: torch.Tensor | None = None
         self.first_of_row: dict[int, int] = {}
-        self.num_added = 0
         folder = log_folder(args)
         self.file = None
         if args.rank == 0 and folder is not None:
@@ -45,33 +34,21 @@ class Spikes:
             self.file = SpikeFile(folder, stores=stores, factor=args.megasft_spikes)
 
     def add(self, losses: torch.Tensor, batch: SFTBatch) -> None:
-        """Add the losses of a micro-batch; they come in the order of the step."""
-        from megatron.core import mpu
-
-        self._begin()
-        assert self.table is not None
-        size, dp_size = self.args.micro_batch_size, mpu.get_data_parallel_world_size()
-        dp_rank, cp_size = mpu.get_data_parallel_rank(), mpu.get_context_parallel_world_size()
-        first = int(self.args.consumed_train_samples) + (
-            (self.num_added * dp_size + dp_rank) * size
-        )
-        self.num_added += 1
-        rows = [int(self.order[k]) for k in range(first, first + size)]
-        table_rows: list[int] = []
-        borders = batch.cu_seqlens.tolist()
-        for n, row in enumerate(rows, start=1):
-            start = self.first_of_row[row]
-            table_rows += range(start, start + len(self.plan.rows[row]))
+        """Add the losses of a micro-batch."""
+        table = self._table()
+        documents: list[int] = []
+        boundaries = batch.cu_seqlens.tolist()
+        for n, row in enumerate(batch.row_ids.tolist(), start=1):
+            first = self.first_of_row[row]
+            documents += range(first, first + len(self.plan.rows[row]))
             # The row's tail pad is a document, too.
-            if borders[len(table_rows)] < n * self.plan.row_tokens:
-                table_rows.append(-1)
-        self.table.add(losses, batch, samples=table_rows, cp_size=cp_size)
+            if boundaries[len(documents)] < n * self.plan.row_tokens:
+                documents.append(-1)
+        add_by_sample(table, losses, batch, samples=documents)
 
     def sums(self) -> torch.Tensor:
-        """Return this rank's sums of the step, to be reduced, and begin anew."""
-        self._begin()
-        assert self.table is not None
-        sums, self.table, self.num_added = self.table.sums, None, 0
+        """Return this rank's sums of the step, to be reduced, and start the next step."""
+        sums, self.table = self._table(), None
         return sums
 
     def stepped(self, step: int, loss: float, reduced: torch.Tensor) -> float | None:
@@ -87,32 +64,21 @@ class Spikes:
         self.file.begin(step)
         median = self.file.median_if_spike(loss)
         if median is not None:
-            samples = [int(i) for row in self.rows for i in self.plan.rows[row]]
-            dearest = dearest_first(samples, reduced[:-1].tolist())
-            self.file.write(Spike(step, loss, median, self.file.stores, dearest))
+            rows = self.batches.now(self.args).rows
+            samples = [int(i) for row in rows for i in self.plan.rows[row]]
+            by_loss = highest_first(samples, reduced[:-1].tolist())
+            self.file.write(Spike(step, loss, median, self.file.stores, by_loss))
         return median
 
-    def _begin(self) -> None:
-        """Lay out the table of a step: the samples of its rows, in the order of the run."""
-        if self.table is not None:
-            return
-        if self.order is None:
-            self.order = self._order()
-        self.rows = self.batches.now(self.args).rows
-        starts = list(accumulate((len(self.plan.rows[row]) for row in self.rows), initial=0))
-        # A row that comes twice, at the edge of an epoch, is summed twice in one place: its losses
-        # per label stay what they are.
-        self.first_of_row = dict(zip(self.rows, starts, strict=False))
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.table = SampleSums(starts[-1], device=device)
-
-    def _order(self) -> Any:
-        from megatron.core import mpu
-        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-
-        shape = BatchShape(
-            global_batch_size=get_current_running_global_batch_size(),
-            dp_size=mpu.get_data_parallel_world_size(),
-            micro_batch_size=self.args.micro_batch_size,
-        )
-        return row_order.training_order(self.args, self.plan, shape)
+    def _table(self) -> torch.Tensor:
+        """Return the table of the step: the samples of its rows, in the order of the run."""
+        if self.table is None:
+            rows = self.batches.now(self.args).rows
+            starts = list(accumulate((len(self.plan.rows[row]) for row in rows), initial=0))
+            # A row that comes twice, at the edge of an epoch, is summed twice in one place: its
+            # losses per label stay what they are.
+            self.first_of_row = dict(zip(rows, starts, strict=False))
+            device = torch.device("cuda", torch.cuda.current_device())
+            size = (starts[-1] + 1, len(SAMPLE_COLUMNS))
+            self.table = torch.zeros(size, dtype=torch.float64, device=device)
+        return self.table

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from megasft.errors import FlagError
+from megasft.loss.objectives import weight_scale
 from megasft.packing.plan import RowPlan
 from megasft.store import TokenStore
 
@@ -100,13 +101,3 @@ def evaluation_scales(args: Any, plans: Sequence[RowPlan]) -> Scales:
     sums = [(int(p.units[name].sum()), float(p.unit_weights[name].sum())) for p in plans]
     together = weight_scale(sum(n for n, _ in sums), sum(w for _, w in sums))
     return Scales(together, tuple(weight_scale(n, w) for n, w in sums))
-
-
-def weight_scale(units: int, unit_weights: float) -> float:
-    """Return units over the sum of their weights; 1 where there is no unit.
-
-    Example:
-        >>> weight_scale(3, 1.5)
-        2.0
-    """
-    return units / unit_weights if units else 1.0

@@ -27,7 +27,8 @@ class Runs:
         plan = plan_rows(world.store, row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
         assert len(plan) == NUM_ROWS
         shape = RowShape(row_tokens=ROW_TOKENS, align_tokens=8, pad_token=0)
-        whole = PackedRows(world.store, plan.rows, range(NUM_ROWS), length=NUM_ROWS, shape=shape)
+        rows = [(world.store, plan.rows)]
+        whole = PackedRows(rows, range(NUM_ROWS), length=NUM_ROWS, shape=shape)
         ids = [tuple(sorted(whole[row]["tokens"].tolist())) for row in range(NUM_ROWS)]
         self.row_of_tokens = {tokens: row for row, tokens in enumerate(ids)}
         assert len(self.row_of_tokens) == NUM_ROWS, "tokens must tell rows apart"

@@ -43,7 +43,7 @@ def test_every_validation_store_logs_the_loss_of_its_own_samples(world: World) -
     )
 
     assert "validation tiny: 1 rows" in output
-    assert "lm loss tiny value: " in output
+    assert output.count("[megasft] validation tiny after step 1  loss ") == len(layouts)
     expected = {n: world.oracle("turn", samples=made[n]).loss for n in made}
     both = world.oracle("turn", samples=[*made["tiny"], *made["large"]]).loss
     assert abs(expected["tiny"] - expected["large"]) > 1e-2, "the losses must tell sets apart"

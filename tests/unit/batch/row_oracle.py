@@ -17,11 +17,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "turn_weights": np.dtype(np.float32),
     **dict.fromkeys(("ends_turn", "ends_sample"), np.dtype(np.bool_)),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_unpadded"), np.dtype(np.int32)),
+    **dict.fromkeys(("row_ids", "set_ids"), np.dtype(np.int64)),
 }
 
 
 def micro_batch(rows: Sequence[Sequence[Sample]], shape: RowShape) -> dict[str, npt.NDArray[Any]]:
-    """Return one rank's share of these rows, laid end to end."""
+    """Return one rank's share of these rows, laid end to end; their ids are the dataset's."""
     columns: dict[str, list[Any]] = {name: [] for name in PER_TOKEN_FIELDS}
     borders, true_lengths = [0], []
     for samples in rows:

@@ -15,7 +15,7 @@ def test_a_loader_yields_whole_micro_batches_with_megatrons_batch_dimension(tmp_
     plan = plan_rows(store, row_tokens=64, align_tokens=4, seed=0)
     shape = RowShape(row_tokens=64, align_tokens=4, pad_token=0)
     order = RowOrder(num_rows=len(plan), seed=0)
-    rows = PackedRows(store, plan.rows, order, length=12, shape=shape)
+    rows = PackedRows([(store, plan.rows)], order, length=12, shape=shape)
 
     batches = list(DataLoader(rows, batch_size=2, num_workers=0))
 
@@ -25,6 +25,8 @@ def test_a_loader_yields_whole_micro_batches_with_megatrons_batch_dimension(tmp_
         assert batch["tokens"].shape == (1, 128) and batch["tokens"].dtype == torch.int64
         assert batch["cu_seqlens"].dtype == torch.int32 and batch["cu_seqlens"][0, -1] == 128
         wanted = [order[2 * step], order[2 * step + 1]]
+        assert batch["row_ids"].tolist() == [wanted]
+        assert batch["set_ids"].tolist() == [[0, 0]]
         assert int(batch["ends_turn"].sum()) == plan.turns[wanted].sum()
         assert int((batch["turn_tokens"] > 0).sum()) == plan.labels[wanted].sum()
 

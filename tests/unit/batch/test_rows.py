@@ -69,11 +69,15 @@ def check(store: TokenStore, *, seed: int, cp_size: int, align_tokens: int, num_
     samples = [[] if r is None else [store.sample(int(i)) for i in rows[r]] for r in wanted]
     for cp_rank in range(cp_size):
         shape = RowShape(ROW_TOKENS, align_tokens, 7, cp_rank=cp_rank, cp_size=cp_size)
-        dataset = PackedRows(store, rows, order, length=len(order), shape=shape)
+        dataset = PackedRows([(store, rows)], order, length=len(order), shape=shape)
 
         (read,) = dataset.__getitems__(positions)
 
-        expected = micro_batch(samples, shape)
+        ids = {
+            "row_ids": np.array([-1 if row is None else row for row in wanted]),
+            "set_ids": np.array([-1 if row is None else 0 for row in wanted]),
+        }
+        expected = micro_batch(samples, shape) | ids
         assert list(read) == list(SFTBatch._fields)
         for name, tensor in read.items():
             assert tensor.is_contiguous()
@@ -117,12 +121,13 @@ def test_a_micro_batch_of_padding_alone_holds_nothing_to_train(tmp_path: Path) -
     made = [Sample(np.array([3, 4], np.int32), turn_records([(1, 1, 2, 0)]))]
     store = open_stores([write(tmp_path / "store", made, vocab_size=100, names="ab")])
     shape = RowShape(row_tokens=8, align_tokens=2, pad_token=9)
-    rows = PackedRows(store, [np.array([0])], [None, 0], length=2, shape=shape)
+    rows = PackedRows([(store, [np.array([0])])], [None, 0], length=2, shape=shape)
 
     padding, one = rows[0], rows[1]
 
     assert padding["tokens"].tolist() == [9] * 8
     assert not padding["turn_tokens"].any()
     assert padding["cu_seqlens"].tolist() == [0, 8]
+    assert padding["row_ids"].tolist() == padding["set_ids"].tolist() == [-1]
     assert one["labels"].tolist() == [4, 0, 0, 0, 0, 0, 0, 0]
     assert one["category_ids"].tolist() == [2, 0, 0, 0, 0, 0, 0, 0]

@@ -1,6 +1,5 @@
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,6 +8,7 @@ from megasft.batch.context_parallel import shard
 from megasft.cp_layout import zigzag_positions
 from megasft.loss.auxiliary import mtp_mask, side_loss_scale
 from megasft.schema import SFTBatch
+from tests.batches import batch_of
 from tests.stores import sample
 
 ROW = assemble(
@@ -21,7 +21,7 @@ ROW = assemble(
 
 def share(cp_rank: int, cp_size: int) -> SFTBatch:
     columns: dict[str, Any] = shard(ROW, cp_rank=cp_rank, cp_size=cp_size)
-    return SFTBatch(**{n: torch.from_numpy(np.ascontiguousarray(c)) for n, c in columns.items()})
+    return batch_of(columns)
 
 
 def whole(mask_of_share: Any, cp_size: int) -> torch.Tensor:

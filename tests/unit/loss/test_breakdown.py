@@ -7,15 +7,21 @@ import torch
 
 from megasft.batch.assemble import Columns, assemble
 from megasft.batch.context_parallel import shard
-from megasft.loss.breakdown import COLUMNS, LAST_POSITION, LENGTH_EDGES, Breakdown, Span
+from megasft.loss.breakdown import (
+    CATEGORIES,
+    COLUMNS,
+    LAST_POSITION,
+    LENGTH_EDGES,
+    LENGTHS,
+    POSITIONS,
+    WHOLE,
+    Breakdown,
+)
 from megasft.loss.objectives import OBJECTIVES
-from megasft.schema import Sample, SFTBatch, turn_records
+from megasft.schema import Sample, turn_records
+from tests.batches import batch_of
 
 ALIGN = 16
-
-
-def batch_of(columns: Columns) -> SFTBatch:
-    return SFTBatch(**{n: torch.from_numpy(columns[n]) for n in SFTBatch._fields})
 
 
 def conversation(*turns: tuple[int, int], gap: int = 2) -> Sample:
@@ -70,6 +76,7 @@ def length_slot(size: int) -> int:
     return sum(size >= edge for edge in LENGTH_EDGES)
 
 
+FOUR = {1: "a", 2: "b", 3: "c", 7: "d"}
 MANY = (
     conversation(*[(1 + n, 1 + n % 3) for n in range(11)]),
     conversation((15, 3), (16, 7), (17, 0), (63, 3), (64, 3)),
@@ -81,10 +88,11 @@ MANY = (
 def test_each_slot_is_the_sum_over_its_own_labels(objective: str) -> None:
     row = row_of(*MANY, row_tokens=768)
     losses = some_losses(row)
-    table = Breakdown([[1, 2, 3, 7, 9]], objective=objective)
+    names = {9: "rare", 1: "a", 2: "b", 3: "c", 7: "d"}
+    table = Breakdown([names], objective=objective)
     table.add(torch.from_numpy(losses), batch_of(row))
 
-    labels, (slots,) = labels_of(row, losses), table.sets
+    labels, (slots,) = labels_of(row, losses), table.sums
     assert {min(label.number, LAST_POSITION) for label in labels} == set(range(1, 9))
     assert len({length_slot(label.of_turn) for label in labels}) == 4
 
@@ -94,25 +102,25 @@ def test_each_slot_is_the_sum_over_its_own_labels(objective: str) -> None:
         assert found.tolist()[:-1] == pytest.approx(wanted[:-1], rel=1e-12)
         assert found.tolist()[-1] == pytest.approx(wanted[-1], rel=1e-6)
 
-    close(table.sums[slots.whole], lambda _: True)
-    for n, category in enumerate(slots.category_ids):
-        close(table.sums[slots.categories.start + n], lambda x, c=category: x.category == c)
+    close(slots[WHOLE], lambda _: True)
+    for n, category in enumerate((0, 1, 2, 3, 7, 9)):
+        close(slots[CATEGORIES][n], lambda x, c=category: x.category == c)
     for n in range(LAST_POSITION):
         same = (lambda x, n=n: x.number == n + 1) if n + 1 < LAST_POSITION else (
             lambda x: x.number >= LAST_POSITION
         )  # fmt: skip
-        close(table.sums[slots.positions.start + n], same)
+        close(slots[POSITIONS][n], same)
     for n in range(len(LENGTH_EDGES) + 1):
-        close(table.sums[slots.lengths.start + n], lambda x, n=n: length_slot(x.of_turn) == n)
-    assert slots.category_ids == (0, 1, 2, 3, 7, 9)
-    assert table.sums[slots.categories.stop - 1].abs().sum() == 0, "category 9 has no label"
+        close(slots[LENGTHS][n], lambda x, n=n: length_slot(x.of_turn) == n)
+    assert table.names == [("", "a", "b", "c", "d", "rare")]
+    assert slots[CATEGORIES][-1].abs().sum() == 0, "category 9 has no label"
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_shares_and_micro_batches_sum_to_the_whole(cp_size: int) -> None:
     row = row_of(*MANY, row_tokens=768)
     losses = some_losses(row)
-    whole, parts = (Breakdown([[1, 2, 3, 7]], objective="turn") for _ in range(2))
+    whole, parts = (Breakdown([FOUR], objective="turn") for _ in range(2))
     whole.add(torch.from_numpy(losses), batch_of(row))
 
     turns_cut = 0
@@ -137,33 +145,26 @@ def test_validation_sets_are_summed_apart_each_with_its_own_categories() -> None
     ]
     losses = [some_losses(row, seed=n) for n, row in enumerate(rows)]
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    table = Breakdown([[2, 3], [], [2]], objective="token")
-    table.add(
-        torch.from_numpy(np.concatenate(losses)),
-        batch_of(joined),
-        set_of_row=torch.tensor([2, -1, 0]),
-    )
+    table = Breakdown([{3: "b", 2: "a"}, {}, {2: "c"}], objective="token")
+    table.add(torch.from_numpy(np.concatenate(losses)), batch_of(joined, set_ids=[2, -1, 0]))
 
+    assert table.names == [("", "a", "b"), ("",), ("", "c")]
     for number, row in ((2, 0), (0, 2)):
-        alone = Breakdown([[2, 3]], objective="token")
+        alone = Breakdown([{2: "a", 3: "b"}], objective="token")
         alone.add(torch.from_numpy(losses[row]), batch_of(rows[row]))
-        slots, own = table.sets[number], alone.sets[0]
-        assert table.sums[slots.whole].tolist() == pytest.approx(alone.sums[own.whole].tolist())
-        for group in ("positions", "lengths"):
-            there, here = getattr(slots, group), getattr(own, group)
-            assert torch.allclose(
-                table.sums[there.start : there.stop], alone.sums[here.start : here.stop]
-            )
-    first, empty, last = (table.sums[s.categories.start : s.categories.stop] for s in table.sets)
-    assert first[:, 0].tolist() == [3.0, 20.0, 0.0]
+        for group in (WHOLE, POSITIONS, LENGTHS):
+            assert alone.sums[0][group].abs().sum() > 0
+            assert torch.allclose(table.sums[number][group], alone.sums[0][group])
+    first, empty, last = table.sums
+    assert first[CATEGORIES, 0].tolist() == [3.0, 20.0, 0.0]
     assert empty.abs().sum() == 0
     # Category 3 is not one of the last set: its five labels go with those that name none.
-    assert last[:, 0].tolist() == [5.0, 4.0]
+    assert last[CATEGORIES, 0].tolist() == [5.0, 4.0, 0.0]
 
 
 def test_a_batch_without_labels_adds_nothing_and_no_nan() -> None:
     row = row_of(conversation(), row_tokens=32)
-    table = Breakdown([[]], objective="turn")
+    table = Breakdown([{}], objective="turn")
     table.add(torch.full((1, 32), math.nan), batch_of(row))
     assert table.sums.abs().sum() == 0
-    assert table.sets[0].categories == Span(1, 2)
+    assert table.sums.shape == (1, 1 + LAST_POSITION + len(LENGTH_EDGES) + 1 + 1, len(COLUMNS))

@@ -10,12 +10,8 @@ from megasft.batch.context_parallel import shard
 from megasft.loss.loss_func import sft_loss
 from megasft.loss.objectives import OBJECTIVES
 from megasft.loss.reweight import dft_weights
-from megasft.schema import SFTBatch
+from tests.batches import batch_of
 from tests.stores import random_samples, sample
-
-
-def batch_of(columns: Columns) -> SFTBatch:
-    return SFTBatch(**{n: torch.from_numpy(columns[n]) for n in SFTBatch._fields})
 
 
 def small_row() -> Columns:

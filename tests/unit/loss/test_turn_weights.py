@@ -16,13 +16,10 @@ from megasft.loss.objectives import OBJECTIVES
 from megasft.proof.samples import weighted
 from megasft.report.record import losses_of
 from megasft.schema import SFTBatch
+from tests.batches import batch_of
 from tests.stores import random_samples, sample
 
 LOSSES = [3.0, math.nan, math.nan, 1.0, 2.0, math.nan, 5.0, 7.0, math.nan, math.inf]
-
-
-def batch_of(columns: Columns) -> SFTBatch:
-    return SFTBatch(**{n: torch.from_numpy(columns[n]) for n in SFTBatch._fields})
 
 
 def small_row() -> Columns:
@@ -150,21 +147,15 @@ def test_the_reported_loss_is_the_optimised_one_and_all_others_are_plain(
     optimised = out.loss_sum.item() / int(out.units)
 
     def report(batch: SFTBatch, *, has_weights: bool, scale: float) -> dict[str, float]:
-        table = Breakdown([[]], objective=objective, has_weights=has_weights)
+        table = Breakdown([{}], objective=objective, has_weights=has_weights)
         table.add(losses, batch)
-        sums, (slots,) = table.sums.tolist(), table.sets
-        assert len(sums[0]) == len(COLUMNS) + has_weights, WEIGHTED_CE
-        found = losses_of(
-            *(sums, slots),
-            objective=objective,
-            dft_alpha=alpha,
-            names={},
-            weight_scale=scale,
-        )
+        (slots,), names = table.sums.tolist(), table.names[0]
+        assert len(slots[0]) == len(COLUMNS) + has_weights, WEIGHTED_CE
+        found = losses_of(slots, names, objective=objective, dft_alpha=alpha, weight_scale=scale)
         assert found is not None
-        names = ("loss", "token_loss", "sample_loss", "turn_loss", "p_correct", "divisor")
-        means = {name: getattr(found, name) for name in names}
-        return means | {name: one.loss for name, one in found.turn_positions.items()}
+        means = ("loss", "token_loss", "sample_loss", "turn_loss", "p_correct", "divisor")
+        of_all = {name: getattr(found, name) for name in means}
+        return of_all | {name: one.loss for name, one in found.turn_positions.items()}
 
     told = report(row, has_weights=True, scale=0.75)
     plain = row._replace(turn_weights=(row.turn_tokens > 0).float())

@@ -9,6 +9,7 @@ from megasft.loss.loss_func import sft_loss
 from megasft.proof.defects import DEFECTS
 from megasft.proof.layouts import Layout
 from megasft.schema import SFTBatch
+from tests.batches import batch_of
 from tests.stores import sample
 
 # Labels at 1..6 (one turn of 6) and at 10 (a turn of 1); 16 tokens, CP 2 cuts at 4, 8 and 12.
@@ -18,8 +19,7 @@ ROW = assemble(
 
 
 def share(cp_rank: int, cp_size: int = 2) -> SFTBatch:
-    columns = shard(ROW, cp_rank=cp_rank, cp_size=cp_size)
-    return SFTBatch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+    return batch_of(shard(ROW, cp_rank=cp_rank, cp_size=cp_size))
 
 
 def labels(batch: SFTBatch) -> list[int]:

@@ -49,7 +49,7 @@ def test_the_truth_groups_rows_as_the_dataset_hands_them_to_ranks(
     plan = world.plan
     order = training_order(training_flags(world), plan, BatchShape(BATCH, dp_size, mbs))
     shape = RowShape(row_tokens=ROW_TOKENS, align_tokens=ALIGN, pad_token=0)
-    rows = PackedRows(world.store, plan.rows, order, length=1000, shape=shape)
+    rows = PackedRows([(world.store, plan.rows)], order, length=1000, shape=shape)
 
     trained = []
     for rank in range(dp_size):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from megasft.loss.breakdown import COLUMNS, slots_of_sets
+from megasft.loss.breakdown import CATEGORIES, COLUMNS, LENGTHS, POSITIONS, WHOLE
 from megasft.report.record import (
     LENGTH_NAMES,
     POSITION_NAMES,
@@ -15,16 +15,18 @@ from megasft.report.record import (
 
 from .records import LOSSES, STEP, VALIDATION
 
-(SLOTS,) = slots_of_sets([[3, 5]])
-NAMES = {3: "maths", 5: "talk"}
+NAMES = ("", "maths", "talk")
 
 
 def table(**sums_of_row: float) -> list[list[float]]:
-    """A table whose whole and whose category 5 hold these sums, and nothing else."""
-    rows = [[0.0] * len(COLUMNS) for _ in range(SLOTS.lengths.stop)]
+    """Slots whose whole and whose second category hold these sums, and that of no category.
+
+    Another set has a category more.
+    """
+    rows = [[0.0] * len(COLUMNS) for _ in range(CATEGORIES.start + len(NAMES) + 1)]
     sums = [sums_of_row[name] for name in COLUMNS]
-    rows[SLOTS.whole] = rows[SLOTS.categories.start + 2] = sums
-    rows[SLOTS.positions.start] = rows[SLOTS.lengths.start + 1] = sums
+    rows[WHOLE] = rows[CATEGORIES.start] = rows[CATEGORIES.start + 2] = sums
+    rows[POSITIONS.start] = rows[LENGTHS.start + 1] = sums
     return rows
 
 
@@ -50,8 +52,8 @@ def test_names_of_positions_and_lengths_read_as_what_they_hold() -> None:
     [("token", 1.5, 1 / 40), ("turn", 1.25, 1 / 4), ("sample", 1.5, 1 / 2)],
 )
 def test_every_mean_is_a_sum_over_a_count(objective: str, mean: float, full_dft: float) -> None:
-    plain = losses_of(table(**SUMS), SLOTS, objective=objective, dft_alpha=0.0, names=NAMES)
-    half = losses_of(table(**SUMS), SLOTS, objective=objective, dft_alpha=0.5, names=NAMES)
+    plain = losses_of(table(**SUMS), NAMES, objective=objective, dft_alpha=0.0)
+    half = losses_of(table(**SUMS), NAMES, objective=objective, dft_alpha=0.5)
     assert plain is not None and half is not None
     assert (plain.token_loss, plain.turn_loss, plain.sample_loss) == (1.5, 1.25, 1.5)
     assert (plain.loss, plain.dft_loss) == (mean, full_dft)
@@ -61,13 +63,13 @@ def test_every_mean_is_a_sum_over_a_count(objective: str, mean: float, full_dft:
 
 
 def test_what_has_no_label_is_left_out_and_nothing_is_nan() -> None:
-    losses = losses_of(table(**SUMS), SLOTS, objective="turn", dft_alpha=0.0, names=NAMES)
+    losses = losses_of(table(**SUMS), NAMES, objective="turn", dft_alpha=0.0)
     assert losses is not None
     means = Means(loss=1.5, turn_loss=1.25, p_correct=0.25, labels=40, turns=4)
     assert losses.categories == {"talk": means}
     assert losses.turn_positions == {"1": means} and losses.turn_lengths == {"16-63": means}
     nothing = table(**dict.fromkeys(COLUMNS, 0.0))
-    assert losses_of(nothing, SLOTS, objective="turn", dft_alpha=0.0, names=NAMES) is None
+    assert losses_of(nothing, NAMES, objective="turn", dft_alpha=0.0) is None
 
     empty = replace(STEP, losses=None)
     line = as_json(empty)

@@ -113,3 +113,18 @@ def test_tensorboard_gets_every_scalar_and_is_flushed() -> None:
     sink.close()
     assert writer.found == {(tag, 2): value for tag, value in scalars(STEP).items()}
     assert writer.flushed == 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_named_validation_sets_keep_the_tags_of_megatrons_own_line(alpha: float) -> None:
+    writer, wandb = Writer(), Recorder("wandb")
+    flags = {"megasft_dft_alpha": alpha}
+    names = ("talk", "none")
+    sink = SINKS["tensorboard"](Setup(flags=flags, writer=writer, wandb=wandb, valid_names=names))
+    sink.validation(VALIDATION)
+    tags = {"lm loss talk validation": 1.25, "token loss talk validation": 1.5}
+    if alpha:
+        tags["p correct talk validation"] = 0.375
+    known = {(tag, 2): value for tag, value in (scalars(VALIDATION) | tags).items()}
+    assert writer.found == known, "a set without a label has no loss"
+    assert wandb.calls == [("log", (tags, 2), {})]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megasft.errors import DataError
-from megasft.report.spikes import SampleLoss, Spike, SpikeFile, dearest_first, read_spikes
+from megasft.report.spikes import SampleLoss, Spike, SpikeFile, highest_first, read_spikes
 
 
 def file(folder: Path, *, factor: float = 1.5) -> SpikeFile:
@@ -25,7 +25,7 @@ def test_a_spike_is_above_the_median_and_does_not_hide_the_next(tmp_path: Path) 
 
 def test_samples_without_labels_are_left_out_and_the_dearest_is_first() -> None:
     sums = [(4.0, 2.0), (0.0, 0.0), (9.0, 3.0), (1.0, 1.0)]
-    assert dearest_first([10, 11, 12, 13], sums) == (
+    assert highest_first([10, 11, 12, 13], sums) == (
         SampleLoss(12, 3.0, 3),
         SampleLoss(10, 2.0, 2),
         SampleLoss(13, 1.0, 1),
@@ -52,7 +52,7 @@ def test_what_is_written_is_read_and_a_resumed_run_replaces_its_steps(tmp_path: 
 def test_a_loss_that_is_no_number_is_a_spike_and_names_who_has_it_first(tmp_path: Path) -> None:
     spikes = file(tmp_path)
     assert [spikes.median_if_spike(x) for x in (2.0, 2.0, 2.0, math.nan, 2.0)][3:] == [2.0, None]
-    dearest = dearest_first([4, 5, 6], [(9.0, 1.0), (math.nan, 2.0), (8.0, 1.0)])
+    dearest = highest_first([4, 5, 6], [(9.0, 1.0), (math.nan, 2.0), (8.0, 1.0)])
     assert [one.sample for one in dearest] == [5, 4, 6]
     spikes.write(Spike(4, math.nan, 2.0, ("store",), dearest))
     (read,) = read_spikes(tmp_path)

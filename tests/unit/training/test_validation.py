@@ -1,17 +1,18 @@
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from megasft.batch.dataset import RowShape, RowsOfSets, RowsOfStore, WholeSet
+from megasft.batch.dataset import PackedRows, RowShape, WholeSet
 from megasft.errors import FlagError
-from megasft.loss.loss_func import sft_loss
+from megasft.loss.breakdown import Breakdown
 from megasft.loss.objectives import OBJECTIVES
 from megasft.packing.plan import plan_rows
 from megasft.proof.samples import weighted
-from megasft.schema import SFTBatch
-from megasft.training.validation import loss_of_each_set, named_stores, reported_names
+from megasft.report.record import losses_of
+from megasft.schema import Sample, SFTBatch
+from megasft.training.validation import named_stores, reported_names
 from tests.stores import random_samples, sample, write_store
 from tests.unit.batch.row_oracle import float_of
 
@@ -72,42 +73,48 @@ def test_each_set_has_the_loss_it_has_alone_and_all_rows_are_seen_once(
     assert sum(num_rows) % 3, "the last micro-batch is filled up"
     period = -(-sum(num_rows) // 3) * 3
     order = WholeSet(num_rows=sum(num_rows), period=period)
-    sets = [RowsOfStore(s, p.rows, len(p)) for s, p in zip(stores, plans, strict=True)]
-    names = {"one": 1.0, "many": 0.5, "few": 3.0}
-    loss = partial(sft_loss, objective=objective)
+    sets = [(store, plan.rows) for store, plan in zip(stores, plans, strict=True)]
+    table = Breakdown([{}, {}, {}], objective=objective, has_weights=True)
 
-    seen, sums = [], {name: torch.zeros(2) for name in ("", *names)}
+    rows_of_set: dict[int, list[int]] = {-1: [], 0: [], 1: [], 2: []}
     for cp_rank in range(cp_size):
         shape = RowShape(64, 4, pad_token=0, cp_rank=cp_rank, cp_size=cp_size)
-        rows = RowsOfSets(sets, order, length=10 * period, shape=shape)
+        rows = PackedRows(sets, order, length=10 * period, shape=shape)
         for start in range(3, 3 + period, 3):  # a pass may start anywhere
             (fields,) = rows.__getitems__([start, start + 1, start + 2])
-            set_of_row = fields.pop("set_of_row")
-            seen += set_of_row.tolist()
             batch = SFTBatch(**fields)
-            losses = torch.where(batch.turn_tokens > 0, batch.labels / 7, torch.nan)
-            each = loss_of_each_set(loss, batch, set_of_row=set_of_row, sets=names)
-            output = each(losses)
-            whole = loss(losses, batch=batch)
-            assert torch.equal(output.loss_sum, whole.loss_sum)
-            for name in sums:
-                sums[name] += output.reported[f"lm loss {name}".strip()]
+            for number, row in zip(batch.set_ids.tolist(), batch.row_ids.tolist(), strict=True):
+                rows_of_set[number].append(row)
+            table.add(torch.where(batch.turn_tokens > 0, batch.labels / 7, torch.nan), batch)
 
-    by_set = [seen.count(number) for number in range(3)]
-    assert by_set == [cp_size * n for n in num_rows]
-    for name, samples in zip(names, made, strict=True):
-        alone = torch.zeros(2)
-        for one in samples:
-            turns = [
-                [float_of(bits) * one.tokens[t] / 7 for t in range(s, s + n)]
-                for s, n, _, _, bits in one.turns.tolist()
-            ]
-            labels = [x for turn in turns for x in turn]
-            units = {"turn": turns, "sample": [labels], "token": [[x] for x in labels]}
-            means = [sum(unit) / len(unit) for unit in units[objective]]
-            alone += torch.tensor([sum(means), len(means)])
-        scaled = [names[name] * float(alone[0]), float(alone[1])]
-        assert sums[name].tolist() == pytest.approx(scaled, rel=1e-5)
-        sums[name][0] /= names[name]
-    together = sum((sums[name] for name in names), torch.zeros(2))
-    assert sums[""].tolist() == pytest.approx(together.tolist(), rel=1e-6)
+    first = [0, num_rows[0], num_rows[0] + num_rows[1], sum(num_rows)]
+    for number in range(3):
+        all_rows = sorted([*range(first[number], first[number + 1])] * cp_size)
+        assert sorted(rows_of_set[number]) == all_rows
+    assert rows_of_set[-1] == [-1] * cp_size * (period - sum(num_rows)), "rows of padding"
+    for number, scale in enumerate((1.0, 0.5, 3.0)):
+        found = losses_of(
+            table.sums[number].tolist(),
+            table.names[number],
+            objective=objective,
+            dft_alpha=0.0,
+            weight_scale=scale,
+        )
+        assert found is not None
+        total, units = by_hand(made[number], objective)
+        assert found.loss == pytest.approx(scale * total / units, rel=1e-5)
+        assert found.divisor == pytest.approx(units / scale)
+
+
+def by_hand(samples: Sequence[Sample], objective: str) -> tuple[float, int]:
+    """Return the weighted losses of all units, and how many these are."""
+    means: list[float] = []
+    for one in samples:
+        turns = [
+            [float_of(bits) * one.tokens[t] / 7 for t in range(start, start + size)]
+            for start, size, _, _, bits in one.turns.tolist()
+        ]
+        labels = [loss for turn in turns for loss in turn]
+        units = {"turn": turns, "sample": [labels], "token": [[loss] for loss in labels]}
+        means += [sum(unit) / len(unit) for unit in units[objective]]
+    return sum(means), len(means)
