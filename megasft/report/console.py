@@ -9,7 +9,7 @@ from rich.console import Console as Screen
 from rich.table import Table
 from rich.text import Text
 
-from megasft.report.record import Losses, Means, StepRecord, ValidationRecord, perplexity
+from megasft.report.record import Losses, Means, Record, StepRecord, perplexity
 from megasft.report.sink import Setup
 
 _WIDTH = 100
@@ -23,31 +23,29 @@ class Console:
         # Without a terminal a line stays one line, and a table keeps its width.
         self.screen = screen or Screen(highlight=False, soft_wrap=True)
 
-    def step(self, record: StepRecord) -> None:
-        """Print a step, and the table when it is due."""
-        if self.interval and record.step % self.interval == 0:
-            self._print(line_of(record))
-        if record.losses is None or not self.table_interval:
+    def write(self, record: Record) -> None:
+        """Print a step, or a line for each validation set; and a table when it is due."""
+        if isinstance(record, StepRecord):
+            if self.interval and record.step % self.interval == 0:
+                self._print(line_of(record))
+            is_due = self.table_interval and record.step % self.table_interval == 0
+            if record.losses is not None and is_due:
+                self._print_table(record.losses, title=f"step {record.step}")
             return
-        if record.step % self.table_interval == 0:
-            table = table_of(record.losses, title=f"step {record.step}")
-            if table.row_count:
-                self.screen.print(table, width=_WIDTH)
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Print a line for each set."""
         for name, losses in record.sets.items():
+            title = f"validation {name} after step {record.step}"
             if losses is not None and self.interval:
                 self._print(
-                    f"validation {name} after step {record.step}  {_means_of(losses)}  "
-                    f"perplexity {perplexity(losses.token_loss):.3f}"
+                    f"{title}  {_means_of(losses)}  perplexity {perplexity(losses.token_loss):.3f}"
                 )
             if losses is not None and self.table_interval and losses.categories:
-                title = f"validation {name} after step {record.step}"
-                self.screen.print(table_of(losses, title=title), width=_WIDTH)
+                self._print_table(losses, title=title)
 
     def close(self) -> None:
         """Leave the screen as it is."""
+
+    def _print_table(self, losses: Losses, *, title: str) -> None:
+        self.screen.print(table_of(losses, title=title), width=_WIDTH)
 
     def _print(self, text: str) -> None:
         # Text, because rich would take "[megasft]" for a style.

@@ -18,7 +18,7 @@ import orjson
 from megasft.errors import FlagError
 from megasft.files import write_whole
 from megasft.report.curves import FILE
-from megasft.report.record import StepRecord, ValidationRecord, as_json
+from megasft.report.record import Record, StepRecord, as_json
 from megasft.report.sink import Setup
 
 _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -37,26 +37,21 @@ class Jsonl:
         except OSError as error:
             raise FlagError(f"--megasft-log-dir {setup.folder} cannot be made: {error}") from error
 
-    def step(self, record: StepRecord) -> None:
-        """Append a step."""
-        self._append(as_json(record), first_step=record.step)
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Append an evaluation."""
-        # That of step k belongs to a run that goes on after step k.
-        self._append(as_json(record), first_step=record.step + 1 if self.trains else math.inf)
+    def write(self, record: Record) -> None:
+        """Append a step or an evaluation."""
+        if self.file is None:
+            # The evaluation of step k belongs to a run that goes on after step k.
+            after = record.step + 1 if self.trains else math.inf
+            first_step = record.step if isinstance(record, StepRecord) else after
+            cut_back(self.path, first_step=first_step)
+            self.file = os.open(self.path, _APPEND, 0o644)
+        os.write(self.file, _bytes(as_json(record)))
 
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
             os.close(self.file)
             self.file = None
-
-    def _append(self, line: dict[str, Any], *, first_step: float) -> None:
-        if self.file is None:
-            cut_back(self.path, first_step=first_step)
-            self.file = os.open(self.path, _APPEND, 0o644)
-        os.write(self.file, _bytes(line))
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

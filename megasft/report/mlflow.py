@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from megasft.report.record import StepRecord, ValidationRecord, scalars
+from megasft.report.record import Record, scalars
 from megasft.report.sink import Setup
 
 _NOT_IN_NAMES: Final = re.compile(r"[^\w\-. /]")
@@ -23,18 +23,11 @@ class MLflow:
         mlflow.start_run()
         mlflow.log_params({k: str(v)[:_PARAM_CHARS] for k, v in setup.flags.items()})
 
-    def step(self, record: StepRecord) -> None:
-        """Log a step."""
-        self._log(record)
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Log an evaluation."""
-        self._log(record)
+    def write(self, record: Record) -> None:
+        """Log a step or an evaluation."""
+        named = {_NOT_IN_NAMES.sub("_", tag): value for tag, value in scalars(record).items()}
+        self.mlflow.log_metrics(named, step=record.step)
 
     def close(self) -> None:
         """End the run."""
         self.mlflow.end_run()
-
-    def _log(self, record: StepRecord | ValidationRecord) -> None:
-        named = {_NOT_IN_NAMES.sub("_", tag): value for tag, value in scalars(record).items()}
-        self.mlflow.log_metrics(named, step=record.step)

@@ -158,6 +158,10 @@ class ValidationRecord:
     time: float
 
 
+Record = StepRecord | ValidationRecord
+"""What a sink is given."""
+
+
 def losses_of(
     slots: Sequence[Sequence[float]],
     categories: Sequence[str],
@@ -233,7 +237,7 @@ def perplexity(token_loss: float) -> float:
     return math.exp(min(token_loss, 700.0))
 
 
-def as_json(record: StepRecord | ValidationRecord) -> dict[str, Any]:
+def as_json(record: Record) -> dict[str, Any]:
     """Return what a line of the jsonl file holds."""
     if isinstance(record, ValidationRecord):
         sets = {name: None if x is None else _losses(x) for name, x in record.sets.items()}
@@ -276,7 +280,7 @@ def _losses(losses: Losses) -> dict[str, Any]:
     return flat | own | nested
 
 
-def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
+def scalars(record: Record) -> dict[str, float]:
     """Return what trackers draw, by tag; what is not known of this step is left out.
 
     Example:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megasft.report.record import StepRecord, ValidationRecord
+from megasft.report.record import Record
 
 
 class ScalarWriter(Protocol):
@@ -48,12 +48,8 @@ class Setup:
 class Sink(Protocol):
     """Where records go. What it was given is on its way when a method returns."""
 
-    def step(self, record: StepRecord) -> None:
-        """Write a training step."""
-        ...
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Write an evaluation."""
+    def write(self, record: Record) -> None:
+        """Write a training step or an evaluation."""
         ...
 
     def close(self) -> None:

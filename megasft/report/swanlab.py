@@ -1,6 +1,6 @@
 """Records to SwanLab, whose own variables say where: SWANLAB_PROJ_NAME, SWANLAB_MODE, ..."""
 
-from megasft.report.record import StepRecord, ValidationRecord, scalars
+from megasft.report.record import Record, scalars
 from megasft.report.sink import Setup
 
 
@@ -13,12 +13,8 @@ class SwanLab:
         folder = None if setup.folder is None else str(setup.folder / "swanlab")
         self.run = swanlab.init(config=dict(setup.flags), logdir=folder)
 
-    def step(self, record: StepRecord) -> None:
-        """Log a step."""
-        self.run.log(scalars(record), step=record.step)
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Log an evaluation."""
+    def write(self, record: Record) -> None:
+        """Log a step or an evaluation."""
         self.run.log(scalars(record), step=record.step)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Records to Weights & Biases, whose own variables say where: WANDB_PROJECT, WANDB_NAME, ..."""
 
-from megasft.report.record import StepRecord, ValidationRecord, scalars
+from megasft.report.record import Record, scalars
 from megasft.report.sink import Setup
 
 
@@ -13,12 +13,8 @@ class Wandb:
         folder = None if setup.folder is None else str(setup.folder)
         self.run = wandb.init(config=dict(setup.flags), dir=folder, resume="allow")
 
-    def step(self, record: StepRecord) -> None:
-        """Log a step."""
-        self.run.log(scalars(record), step=record.step)
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Log an evaluation; W&B adds it to the step's own values."""
+    def write(self, record: Record) -> None:
+        """Log a step, or an evaluation, which W&B adds to the step's own values."""
         self.run.log(scalars(record), step=record.step)
 
     def close(self) -> None:

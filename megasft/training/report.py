@@ -12,6 +12,7 @@ Rank 0 prints and writes; the last rank, where Megatron keeps its TensorBoard wr
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Self
 
 import numpy as np
@@ -25,7 +26,7 @@ from megasft.megatron.global_batch import GlobalBatches
 from megasft.megatron.optimizer_watch import OptimizerStep, watch
 from megasft.report.devices import peak_tflops
 from megasft.report.jsonl import has_evaluation
-from megasft.report.record import Losses, Speed, StepRecord, ValidationRecord, losses_of
+from megasft.report.record import Speed, StepRecord, ValidationRecord, losses_of
 from megasft.report.sink import Setup, Sink
 from megasft.report.sinks import SINKS
 from megasft.schema import SFTBatch
@@ -62,14 +63,16 @@ class Report:
         self.store, self.plan = data.train.store, data.train.plan
         self.valid = data.valid
         self.scales = evaluation_scales(args, [planned.plan for planned in self.valid.values()])
+        self._losses = partial(
+            losses_of, objective=args.megasft_loss, dft_alpha=args.megasft_dft_alpha
+        )
         self._last_step: int | None = None
         self._tables: dict[str, Breakdown] = {}
         self._sinks: list[Sink] = []
-        self._reduced: torch.Tensor | None = None
+        self._reduced: tuple[torch.Tensor, torch.Tensor] | None = None
         self._began: float | None = None
         keeps_spikes = args.megasft_spikes and log_folder(args) is not None
         self._spikes = Spikes(args, data.train, batches) if keeps_spikes else None
-        self._reduced_samples: torch.Tensor | None = None
         self._is_watching: bool | None = None
 
     def begin_step(self) -> None:
@@ -98,7 +101,7 @@ class Report:
             if not self._is_watching:
                 logger.warning("Megatron's config holds no optimizer; steps are not reported")
         # A step that Megatron runs again, to check a result, counts once: the last run of it.
-        self._reduced, self._reduced_samples = self._sum_of_ranks("train")
+        self._reduced = self._sum_of_ranks("train")
         self.keeper.end_step()
         if not self.args.megasft_no_audit:
             audit(
@@ -123,14 +126,15 @@ class Report:
             if not self.args.megasft_no_audit:
                 found = named(table[n][WHOLE])
                 audit_evaluation(step=step, name=name, found=found, plan=planned.plan)
-            sets[name] = self._losses(table[n], categories[n], self.scales.each[n])
+            scale = self.scales.each[n]
+            sets[name] = self._losses(table[n], categories[n], weight_scale=scale)
         if self._last_step is not None and step == self.args.train_iters:
             self.args.do_valid = False
         self.keeper.evaluated(step, loss_of_each(sets))
         if self._is_reported(step):
             return
         record = ValidationRecord(step, sets, time.time())
-        self._write(lambda sink: sink.validation(record))
+        self._write(lambda sink: sink.write(record))
 
     def _is_reported(self, step: int) -> bool:
         """Say whether an earlier process reported the evaluation of a checkpoint's step."""
@@ -158,12 +162,14 @@ class Report:
             return
         batch = self.batches.now(self.args)
         lengths = self._lengths(batch.rows)
-        (slots,), tokens = self._reduced.tolist(), int(lengths.sum())
+        by_set, by_sample = self._reduced
+        (slots,), (names,) = by_set.tolist(), self._tables["train"].names
+        tokens = int(lengths.sum())
         record = StepRecord(
             step=self._last_step,
             num_steps=int(self.args.train_iters),
             epoch=(self.args.consumed_train_samples + len(batch.rows)) / self.plan.epoch_rows,
-            losses=self._losses(slots, self._tables["train"].names[0], batch.weight_scale),
+            losses=self._losses(slots, names, weight_scale=batch.weight_scale),
             padding=1.0 - tokens / batch.positions,
             speed=self._speed(seconds, lengths, labels=batch.labels),
             grad_norm=optimizer.grad_norm,
@@ -172,26 +178,9 @@ class Report:
             is_skipped=optimizer.is_skipped,
             time=time.time(),
         )
-        self._write(lambda sink: sink.step(record))
-        self._look_for_spike(record)
-
-    def _look_for_spike(self, record: StepRecord) -> None:
-        """Keep the conversations of a step whose loss rose, and say so."""
-        if self._spikes is None or self._reduced_samples is None or record.losses is None:
-            return
-        loss = record.losses.loss
-        try:
-            median = self._spikes.stepped(record.step, loss, self._reduced_samples)
-        except OSError as error:
-            self._spikes.file = None
-            logger.warning("%s; no more spikes are kept, training goes on", error)
-            return
-        if median is not None:
-            logger.warning(
-                "step %d: loss %.4f is %.2f times the median of the steps before, %.4f; "
-                "`megasft spikes %s --step %d` lists its conversations by loss",
-                *(record.step, loss, loss / median, median, log_folder(self.args), record.step),
-            )
+        self._write(lambda sink: sink.write(record))
+        if self._spikes is not None and record.losses is not None:
+            self._spikes.stepped(record.step, record.losses.loss, by_sample)
 
     def _write(self, write: Callable[[Sink], None]) -> None:
         """Hand a record to each sink; one that fails is left out from then on, training goes on."""
@@ -217,8 +206,8 @@ class Report:
             )
         return self._tables[which]
 
-    def _sum_of_ranks(self, which: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sums of all ranks, by slot and by sample, and start again.
+    def _sum_of_ranks(self, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of all ranks, by set and slot and by sample, and start again.
 
         All ranks take part: those of other pipeline stages bring zeros, and rank 0 is on the first.
         """
@@ -229,20 +218,8 @@ class Report:
         sums = torch.cat(parts)
         table.zero_()
         torch.distributed.all_reduce(sums)
-        by_slot, by_sample = sums.tensor_split([table.numel()])
-        samples = by_sample.view(-1, len(SAMPLE_COLUMNS)) if len(parts) > 1 else None
-        return by_slot.view_as(table), samples
-
-    def _losses(
-        self, slots: Sequence[Sequence[float]], categories: Sequence[str], weight_scale: float
-    ) -> Losses | None:
-        return losses_of(
-            slots,
-            categories,
-            objective=self.args.megasft_loss,
-            dft_alpha=self.args.megasft_dft_alpha,
-            weight_scale=weight_scale,
-        )
+        by_set, by_sample = sums.tensor_split([table.numel()])
+        return by_set.view_as(table), by_sample.view(-1, len(SAMPLE_COLUMNS))
 
     def _lengths(self, rows: Sequence[int]) -> Any:
         """Return the true lengths of the documents of these rows."""

@@ -1,5 +1,6 @@
 """Losses per conversation of a training step, reduced together with the other sums."""
 
+import logging
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from megasft.report.spikes import Spike, SpikeFile, highest_first
 from megasft.schema import SFTBatch
 from megasft.training.datasets import PlannedStore
 from megasft.training.report_arguments import log_folder
+
+logger = logging.getLogger(__name__)
 
 
 class Spikes:
@@ -51,8 +54,8 @@ class Spikes:
         sums, self.table = self._table(), None
         return sums
 
-    def stepped(self, step: int, loss: float, reduced: torch.Tensor) -> float | None:
-        """Keep the step's conversations when it is a spike; return the median before it then.
+    def stepped(self, step: int, loss: float, reduced: torch.Tensor) -> None:
+        """Keep the conversations of a step whose loss rose, and say so.
 
         Args:
             step: From 1.
@@ -60,15 +63,25 @@ class Spikes:
             reduced: float64 [samples + 1, 2]. Sums of all ranks.
         """
         if self.file is None:
-            return None
-        self.file.begin(step)
-        median = self.file.median_if_spike(loss)
-        if median is not None:
+            return
+        try:
+            self.file.begin(step)
+            median = self.file.median_if_spike(loss)
+            if median is None:
+                return
             rows = self.batches.now(self.args).rows
             samples = [int(i) for row in rows for i in self.plan.rows[row]]
             by_loss = highest_first(samples, reduced[:-1].tolist())
             self.file.write(Spike(step, loss, median, self.file.stores, by_loss))
-        return median
+        except OSError as error:
+            self.file = None
+            logger.warning("%s; no more spikes are kept, training goes on", error)
+            return
+        logger.warning(
+            "step %d: loss %.4f is %.2f times the median of the steps before, %.4f; "
+            "`megasft spikes %s --step %d` lists its conversations by loss",
+            *(step, loss, loss / median, median, log_folder(self.args), step),
+        )
 
     def _table(self) -> torch.Tensor:
         """Return the table of the step: the samples of its rows, in the order of the run."""

@@ -13,8 +13,8 @@ def printed(*, interval: int = 1, table_interval: int = 0) -> str:
     screen = Screen(file=io.StringIO(), width=200, highlight=False)
     sink = Console(Setup(console_interval=interval, table_interval=table_interval), screen)
     for number in range(1, 5):
-        sink.step(step(number))
-    sink.validation(VALIDATION)
+        sink.write(step(number))
+    sink.write(VALIDATION)
     file = screen.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()

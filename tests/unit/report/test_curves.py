@@ -13,8 +13,8 @@ from .records import VALIDATION, step
 def run(folder: Path, *losses: float, first: int = 1) -> Path:
     sink = Jsonl(Setup(folder=folder))
     for number, loss in enumerate(losses, start=first):
-        sink.step(step(number, loss=loss))
-    sink.validation(VALIDATION)
+        sink.write(step(number, loss=loss))
+    sink.write(VALIDATION)
     sink.close()
     return folder
 

@@ -18,7 +18,7 @@ def lines(path: Path) -> list[int]:
 def run(folder: Path, *steps: int, loss: float = 1.25) -> None:
     sink = Jsonl(Setup(folder=folder))
     for number in steps:
-        sink.step(step(number, loss=loss))
+        sink.write(step(number, loss=loss))
     sink.close()
 
 
@@ -26,9 +26,9 @@ def test_each_line_is_in_the_file_when_the_call_returns(tmp_path: Path) -> None:
     sink = Jsonl(Setup(folder=tmp_path / "log"))
     path = tmp_path / "log" / "steps.jsonl"
     for number in (1, 2):
-        sink.step(step(number))
+        sink.write(step(number))
         assert lines(path)[-1] == number and path.read_bytes().endswith(b"}\n")
-    sink.validation(VALIDATION)
+    sink.write(VALIDATION)
     assert lines(path) == [1, 2, 2]
     assert json.loads(path.read_text().splitlines()[-1])["validation"]["none"] is None
 
@@ -62,7 +62,7 @@ def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path: Path, rest: bytes) -> 
 def test_an_evaluation_before_the_first_step_keeps_the_steps_before_it(tmp_path: Path) -> None:
     run(tmp_path, 1, 2, 3)
     sink = Jsonl(Setup(folder=tmp_path))
-    sink.validation(VALIDATION)
+    sink.write(VALIDATION)
     assert lines(tmp_path / "steps.jsonl") == [1, 2, 2]
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_only_evaluates_removes_no_step(tmp_path: Path) -> None:
     run(tmp_path, 1, 2, 3)
     for steps, expected in ((2, [1, 2, 3, 2]), (1, [1, 2, 3, 2, 1])):
         sink = Jsonl(Setup(folder=tmp_path, trains=False))
-        sink.validation(replace(VALIDATION, step=steps))
+        sink.write(replace(VALIDATION, step=steps))
         sink.close()
         assert lines(tmp_path / "steps.jsonl") == expected
     assert not (tmp_path / "steps.jsonl.before").exists()
@@ -88,7 +88,7 @@ def test_an_evaluation_is_found_by_its_step_and_its_stores(tmp_path: Path) -> No
     assert not has_evaluation(tmp_path, step=2, names=names)
     run(tmp_path, 1, 2)
     sink = Jsonl(Setup(folder=tmp_path))
-    sink.validation(replace(VALIDATION, step=2))
+    sink.write(replace(VALIDATION, step=2))
     with (tmp_path / "steps.jsonl").open("ab") as file:
         file.write(b'{"steps": 3, "validation": {"no')
     assert has_evaluation(tmp_path, step=2, names=names)
@@ -102,5 +102,5 @@ def test_an_evaluation_cuts_off_a_line_without_its_end(tmp_path: Path) -> None:
     with (tmp_path / "steps.jsonl").open("ab") as file:
         file.write(b'{"steps": 3, "lo')
     sink = Jsonl(Setup(folder=tmp_path))
-    sink.validation(VALIDATION)
+    sink.write(VALIDATION)
     assert lines(tmp_path / "steps.jsonl") == [1, 2, VALIDATION.step]

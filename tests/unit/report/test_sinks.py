@@ -68,8 +68,8 @@ def test_every_sink_takes_steps_and_validations(
     setup = Setup(folder=tmp_path, flags={"lr": 1e-5}, writer=Writer())
     for make in SINKS.values():
         sink: Sink = make(setup)
-        sink.step(STEP)
-        sink.validation(VALIDATION)
+        sink.write(STEP)
+        sink.write(VALIDATION)
         sink.close()
     assert set(TRACKERS) < set(SINKS)
 
@@ -80,8 +80,8 @@ def test_a_tracker_gets_the_flags_then_every_scalar_by_step(
     sink = SINKS[tracker.__name__](Setup(folder=tmp_path, flags={"lr": 1e-5, "seed": 7}))
     before = len(tracker.calls)
     assert any("seed" in str(call) for call in tracker.calls)
-    sink.step(STEP)
-    sink.validation(VALIDATION)
+    sink.write(STEP)
+    sink.write(VALIDATION)
     sink.close()
     (name, (values,), where), (_, (evaluated,), _), (end, _, _) = tracker.calls[before:]
     assert name in ("log", "log_metrics") and where == {"step": 2}
@@ -101,7 +101,7 @@ def test_mlflow_gets_no_name_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None
     from .records import LOSSES
 
     odd = {"问答: a+b": LOSSES.categories["maths"]}
-    sink.step(replace(STEP, losses=replace(LOSSES, categories=odd)))
+    sink.write(replace(STEP, losses=replace(LOSSES, categories=odd)))
     (_, (values,), _) = module.calls[-1]
     assert values["category/问答_ a_b"] == 1.0
 
@@ -109,7 +109,7 @@ def test_mlflow_gets_no_name_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None
 def test_tensorboard_gets_every_scalar_and_is_flushed() -> None:
     writer = Writer()
     sink = SINKS["tensorboard"](Setup(writer=writer))
-    sink.step(STEP)
+    sink.write(STEP)
     sink.close()
     assert writer.found == {(tag, 2): value for tag, value in scalars(STEP).items()}
     assert writer.flushed == 1
@@ -121,7 +121,7 @@ def test_named_validation_sets_keep_the_tags_of_megatrons_own_line(alpha: float)
     flags = {"megasft_dft_alpha": alpha}
     names = ("talk", "none")
     sink = SINKS["tensorboard"](Setup(flags=flags, writer=writer, wandb=wandb, valid_names=names))
-    sink.validation(VALIDATION)
+    sink.write(VALIDATION)
     tags = {"lm loss talk validation": 1.25, "token loss talk validation": 1.5}
     if alpha:
         tags["p correct talk validation"] = 0.375

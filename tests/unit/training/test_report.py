@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from megasft.report.record import StepRecord, ValidationRecord
+from megasft.report.record import Record
 from megasft.training.report import Report
 from tests.unit.report.records import STEP
 
@@ -13,13 +13,10 @@ class Flaky:
     def __init__(self) -> None:
         self.steps = 0
 
-    def step(self, _record: StepRecord) -> None:
+    def write(self, _record: Record) -> None:
         self.steps += 1
         if self.steps > 1:
             raise OSError(28, "No space left on device")
-
-    def validation(self, _record: ValidationRecord) -> None:
-        raise AssertionError
 
     def close(self) -> None:
         raise AssertionError
@@ -34,7 +31,7 @@ def test_a_sink_that_fails_is_left_out_with_a_warning_and_others_go_on(
     sound.steps = -9
     report._sinks = [flaky, sound]
     for _ in range(3):
-        report._write(lambda sink: sink.step(STEP))
+        report._write(lambda sink: sink.write(STEP))
     assert (flaky.steps, sound.steps) == (2, -6)
     assert report._sinks == [sound]
     assert "Flaky: OSError: [Errno 28] No space left on device; nothing more is written" in (
