@@ -147,7 +147,7 @@ def test_the_bytes_of_a_store_do_not_depend_on_the_number_of_workers(
     ]
     path = write_jsonl(*records)
     stores, complaints = [], []
-    for num_workers in (1, 3):
+    for num_workers in (0, 2):
         output = tmp_path / str(num_workers) / "store"
         _, bad = run(
             path, output=output, tokenizer=tokenizer_dir, num_workers=num_workers, skip_bad=True
@@ -157,7 +157,7 @@ def test_the_bytes_of_a_store_do_not_depend_on_the_number_of_workers(
     assert stores[0] == stores[1]
     assert complaints[0] == complaints[1]
     assert len(complaints[0]) == 6
-    assert path.stat().st_size > 3 * 2000 * 3  # several chunks for each worker
+    assert path.stat().st_size > 3 * 2000 * 2  # several chunks for each worker
 
 
 @pytest.mark.slow
