@@ -3,12 +3,10 @@
 import fcntl
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -26,6 +24,7 @@ from checkpoint_convert.pieces import pieces
 from checkpoint_convert.rules import same_bits
 from checkpoint_convert.tensor_map import merge_piece, to_hf, to_megatron
 from megasft.errors import ConversionError
+from tests.full_disk import files_end_at
 from tests.megatron.runs import CPU_ENV, ROOT, torchrun
 from tests.unit.checkpoint_convert.tiny_models import save as save_model
 
@@ -177,17 +176,6 @@ def test_disk_space_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConversionError, match="free some, or choose another --output"):
         megatron_to_hf.convert(megatron, tmp_path / "back")
     assert not (tmp_path / "again").exists() and not (tmp_path / "back").exists()
-
-
-@contextmanager
-def files_end_at(num_bytes: int) -> Iterator[None]:
-    """Let writes fail as on a full disk: Python ignores SIGXFSZ."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_write_that_fails_is_named_and_leaves_nothing_under_the_name(

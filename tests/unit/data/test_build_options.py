@@ -123,7 +123,7 @@ DECIDES_BY_LENGTH = CHATML.replace(
 )
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_template_no_shape_can_tell_makes_the_build_begin_again(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
 ) -> None:

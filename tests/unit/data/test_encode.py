@@ -51,7 +51,7 @@ def spans_of(text: str, data: st.DataObject) -> list[Span]:
     return both[data.draw(st.integers(0, 2)) :]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(texts=st.lists(TEXT, max_size=4), data=st.data())
 def test_ids_and_trained_tokens_are_those_of_the_tokenizers_library(
     texts: list[str], data: st.DataObject

@@ -20,7 +20,7 @@ from tests.unit.data.mask_oracle import (
     wants_training,
 )
 
-MAX_EXAMPLES: Final = 150
+MAX_EXAMPLES: Final = 60
 # Blanks that strip() knows and Jinja's trim does, line ends, composing and joining characters,
 # control characters, template and special-token syntax, one to four bytes of UTF-8.
 NASTY: Final = (

@@ -4,22 +4,21 @@ Cut and damaged archives, a line of 50 MB, missing packages and unreadable files
 test_inputs.py; connections that break, in test_remote.py.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
 
+from megasft.cli.main import main
 from megasft.data.build import BuildOptions, build
 from megasft.data.inputs import find_files
 from megasft.data.read import open_sources, read_chunks
 from megasft.data.tokenize import Recipe
 from megasft.errors import DataError
 from megasft.store import open_store
+from tests.full_disk import files_end_at
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 GOOD = b'{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Yo"}]}'
@@ -119,25 +118,15 @@ def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_bytes", [2_000, 40_000])
 def test_a_full_disk_is_named_and_leaves_no_store(
-    tmp_path: Path, tokenizer_dir: Path, num_bytes: int
+    tmp_path: Path, tokenizer_dir: Path, num_bytes: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of each file a process writes stands for the disk."""
     (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 4000)
-    limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))"
     arguments = ["build", "-i", tmp_path / "a.jsonl", "--tokenizer", tokenizer_dir]
-    seen = subprocess.run(
-        [
-            *(sys.executable, "-c", f"{limit}; from megasft.cli.main import main; main()"),
-            *map(str, [*arguments, "-o", tmp_path / "store", "--workers", 1]),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        check=False,
-    )
-    assert seen.returncode == 1, seen.stderr
+    with files_end_at(num_bytes), pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "-o", str(tmp_path / "store")])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1, err
     full = rf"{tmp_path}/store\.partial cannot be written: File too large, after [\d,]+ samples"
-    assert re.search(full, seen.stderr), seen.stderr
-    assert "Traceback" not in seen.stderr
+    assert re.search(full, err), err
+    assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

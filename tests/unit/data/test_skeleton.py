@@ -48,7 +48,7 @@ def renderer(template: str, **options: Any) -> Renderer:
 
 
 @pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "STRIPS_THINKING", "PLAIN", "STOP_IN_BLOCK"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_learnt_renders_are_the_templates_own(name: str, data: st.DataObject) -> None:
     template = getattr(templates, name)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megasft.launch.run import Run, resolve
+from megasft.megatron.cpu import remember_docstrings
 from megasft.training.arguments import MODEL_FILE
 
 MODEL_FLAGS = (
@@ -33,6 +34,12 @@ checkpoint:
   save: ckpt/run
   save_interval: 2
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flags_parsed_quickly() -> None:
+    """Building Megatron's parser is 0.3 s of CPU with its help read from sources, and many do."""
+    remember_docstrings()
 
 
 @pytest.fixture

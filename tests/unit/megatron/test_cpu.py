@@ -1,21 +1,58 @@
 """Each case in a process of its own: stand-ins last as long as the process."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, output = json.loads(line)
+    child = os.fork()
+    if not child:
+        printed = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(printed, 1), os.dup2(printed, 2)
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException as error:
+            traceback.print_exc()
+            ended_well = isinstance(error, SystemExit) and not error.code
+        else:
+            ended_well = True
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(not ended_well)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
-def python(code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Run code in a fork of a process that has imported torch, which takes 4 s, and no more."""
+    output = tmp_path_factory.mktemp("printed") / "output"
+    torch_is_there = subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
+    assert torch_is_there.stdin and torch_is_there.stdout
+
+    def run(code: str) -> str:
+        output.unlink(missing_ok=True)
+        print(json.dumps([code, str(output)]), file=torch_is_there.stdin, flush=True)
+        exit_code = torch_is_there.stdout.readline()
+        printed = output.read_text()
+        assert exit_code == "0\n", printed
+        return printed
+
+    yield run
+    torch_is_there.stdin.close()
+    torch_is_there.wait()
 
 
-def test_nothing_is_patched_where_there_is_a_cuda_device() -> None:
+def test_nothing_is_patched_where_there_is_a_cuda_device(python: Callable[[str], str]) -> None:
     python(
         """
 import torch
@@ -32,7 +69,7 @@ assert torch.overrides._get_current_function_mode_stack() == []
     )
 
 
-def test_cuda_means_cpu_and_one_line_says_so() -> None:
+def test_cuda_means_cpu_and_one_line_says_so(python: Callable[[str], str]) -> None:
     out = python(
         """
 import torch
@@ -58,7 +95,9 @@ assert torch.compile(len)("ab") == 2
     assert out.count("no CUDA device: Megatron runs on the CPU with gloo") == 1
 
 
-def test_packages_that_need_a_gpu_are_not_found(tmp_path: Path) -> None:
+def test_packages_that_need_a_gpu_are_not_found(
+    tmp_path: Path, python: Callable[[str], str]
+) -> None:
     """Megatron's router hands its gate to Transformer Engine wherever that is installed."""
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("")
@@ -79,7 +118,9 @@ sys.exit("found")
     )
 
 
-def test_a_backward_pass_inside_a_backward_pass_still_means_the_cpu() -> None:
+def test_a_backward_pass_inside_a_backward_pass_still_means_the_cpu(
+    python: Callable[[str], str],
+) -> None:
     """What activation recomputation does; its layers may ask for CUDA in their own backward."""
     python(
         """
@@ -115,7 +156,7 @@ assert v.grad.item() == 52.0
     )
 
 
-def test_parts_of_different_length_are_gathered_and_summed() -> None:
+def test_parts_of_different_length_are_gathered_and_summed(python: Callable[[str], str]) -> None:
     python(
         """
 import os, tempfile
@@ -170,7 +211,8 @@ import megasft
     assert message in result.stderr.strip().splitlines()[-1]
 
 
-def test_flags_keep_their_help_when_it_is_read_once() -> None:
+@pytest.mark.slow  # imports the real Megatron in a process of its own
+def test_flags_keep_their_help_when_it_is_read_once(python: Callable[[str], str]) -> None:
     python(
         """
 import argparse, ast

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow  # imports the real Megatron in a process of its own
 def test_no_metric_keeps_a_group_of_the_run_before() -> None:
     """Seen with NCCL: the run after one with router losses used the group of the former."""
     code = """
