@@ -71,6 +71,7 @@ def test_the_truth_groups_rows_as_the_dataset_hands_them_to_ranks(
     assert (set(groups) == in_turn) == (mbs == 1), "balancing must show"
 
 
+@pytest.mark.slow  # two steps of a model of experts, in float64
 def test_router_losses_of_other_micro_batches_are_another_truth(tmp_path: Path) -> None:
     """As it was when the truth grouped rows in the order of the plan: off by 2e-2."""
     world = replace(made(tmp_path, "qwen2_moe"), batch=4)
