@@ -3,10 +3,13 @@
 Groups take every ``n``-th rank, as Megatron's do when tensor parallelism is inside them, so that a
 rank in the group is not its rank in the world; each group takes its share of the rows.
 
-Usage: torchrun --nproc-per-node 4 -m tests.invariance.ring_worker NUM_CASES OUTPUT.json CP_SIZE...
+Ranks are forks of one process, on torch as it comes, without the stand-ins of ``megatron/cpu.py``.
+
+Usage: python -m tests.invariance.ring_worker NUM_CASES OUTPUT.json CP_SIZE...
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,13 +21,19 @@ from megasft.attention.blocks import RowLayout
 from megasft.cp_layout import zigzag_positions
 from tests.attention_cases import SCALE, answer, longest, random_case, tensors
 
+NUM_RANKS = 4
+
 
 def main(num_cases: int, output: Path, cp_sizes: list[int]) -> None:
-    dist.init_process_group("gloo")
+    rank = next((n for n in range(1, NUM_RANKS) if os.fork() == 0), 0)
+    meeting = f"file://{output}.meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=NUM_RANKS)
     results = {cp_size: check_all(cp_size, num_cases) for cp_size in cp_sizes}
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
     dist.destroy_process_group()
+    if rank == 0:
+        assert all(os.wait()[1] == 0 for _ in range(1, NUM_RANKS))
 
 
 def check_all(cp_size: int, num_cases: int) -> dict[str, float]:

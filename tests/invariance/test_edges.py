@@ -24,44 +24,48 @@ TALK = sample(IDS[:90], (3, 4), (20, 60))
 EOS = 5
 
 
+DP, CP, TP_CP = Layout(2), Layout(4, cp=4), Layout(4, tp=2, sp=True, cp=2)
+
+
 class Edge(NamedTuple):
-    """Samples of a store; all of it is one global batch of ``rows`` rows."""
+    """Samples of a store; all of it is one global batch of ``rows`` rows, on some layouts."""
 
     samples: list[Sample]
     rows: int
     mbs: int = 1
     pad_token: int = 0
+    layouts: tuple[Layout, ...] = (CP, TP_CP)
 
 
 EDGES = {
-    "row without a label": Edge([sample(IDS[:90]), TALK], 2),
-    "micro-batch without a label": Edge([*[sample(IDS[:90])] * 6, TALK, TALK], 8, mbs=2),
-    "sample of one token": Edge([TALK, TALK, sample(IDS[:90], (1, 89)), sample([9])], 4),
+    "row without a label": Edge([sample(IDS[:90]), TALK], 2, layouts=(DP, CP, TP_CP)),
+    "micro-batch without a label": Edge(
+        [*[sample(IDS[:90])] * 6, TALK, TALK], 8, mbs=2, layouts=(DP, TP_CP)
+    ),
+    "sample of one token": Edge(
+        [TALK, TALK, sample(IDS[:90], (1, 89)), sample([9])], 4, layouts=(TP_CP,)
+    ),
     "turn over every seam": Edge([sample(IDS[:64], (1, 63)), sample(IDS[:88], (1, 87))], 2),
     "document fills its row": Edge([sample(IDS, (1, ROW_TOKENS - 1)), sample(IDS, (40, 2))], 2),
     "documents shorter than 2 x cp x tp": Edge(
         [sample(IDS[i : i + 3], (1, 1 + i % 2)) for i in range(24)], 2
     ),
-    "pad is eos": Edge([sample([*IDS[:9], EOS, *IDS[9:20], EOS], (4, 6), (12, 10))] * 8, 2, 1, EOS),
-    "no label at all": Edge([sample(IDS[:90]), sample(IDS[:70])], 2),
+    "pad is eos": Edge(
+        [sample([*IDS[:9], EOS, *IDS[9:20], EOS], (4, 6), (12, 10))] * 8, 2, 1, EOS, (TP_CP,)
+    ),
+    "no label at all": Edge([sample(IDS[:90]), sample(IDS[:70])], 2, layouts=(DP, TP_CP)),
 }
-
-LAYOUTS = (
-    Layout(2),
-    Layout(4, cp=4),
-    Layout(4, tp=2, sp=True, cp=2),
-)
 
 
 @pytest.fixture(scope="module")
 def results(qwen3: World) -> dict[str, dict[str, Path]]:
-    """Records of every edge on every layout: edge -> layout -> file."""
+    """Records of every edge on its layouts: edge -> layout -> file."""
     found: dict[str, dict[str, Path]] = {name: {} for name in EDGES}
     for ranks in (2, 4):
         runs = {
             (name, layout.name): flags(qwen3, name, replace(layout, mbs=EDGES[name].mbs))
-            for layout in LAYOUTS
             for name in EDGES
+            for layout in EDGES[name].layouts
             if layout.ranks == ranks
         }
         records = record_all(ranks, list(runs.values()), qwen3.folder / f"edges{ranks}")
@@ -93,7 +97,7 @@ def judge(qwen3: World, results: Any, name: str) -> Truth:
     assert len(world.plan) == world.batch, "the store must be exactly one global batch"
     truth = world.truth(OBJECTIVES["turn"])
     start = saved_names(world.hf, {p: p for p in world.hf.parameters()})
-    assert len(results[name]) == len(LAYOUTS)
+    assert len(results[name]) == len(EDGES[name].layouts)
     for layout, record in results[name].items():
         errors = compare(record, truth, world.model, start)
         verdict = Verdict("qwen3", layout, 0, "turn", **errors)

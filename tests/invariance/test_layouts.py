@@ -79,7 +79,7 @@ def test_the_first_step_is_exact_however_it_is_cut(tmp_path: Path) -> None:
 def test_every_objective_is_exact(tmp_path: Path) -> None:
     """Sample and token means, DFT, router losses and weights, also of two rows in a micro-batch.
 
-    Of dense models on both see ``test_logged_losses.py``.
+    Of dense models see ``test_logged_losses.py``, of the long tests.
     """
     chosen = replace(
         EVERYTHING,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpoint_convert.tensor_map import to_hf
-from megasft.proof.layouts import ALLGATHER_DISPATCH, Layout
+from megasft.proof.layouts import Layout
 from megasft.proof.oracle import router_losses, saved_names
 from megasft.proof.world import AUX_COEFF, OBJECTIVES, Z_COEFF, make_world, padded_documents
 from tests.invariance.added import added_gradients, relative
@@ -15,13 +15,8 @@ from tests.invariance.added import added_gradients, relative
 pytestmark = pytest.mark.slow
 
 CP_EP = Layout(2, cp=2, ep=2)
-LAYOUTS = (
-    Layout(),
-    Layout(2, ep=2, note="allgather", more=ALLGATHER_DISPATCH),
-    CP_EP,
-    Layout(4, tp=2, sp=True, cp=2, ep=2),
-    Layout(4, pp=2, vp=2, ep=2),
-)
+# Two ranks with turns as the divisor are in test_layouts.py, as the objective "router".
+LAYOUTS = (Layout(4, tp=2, sp=True, cp=2, ep=2), Layout(4, pp=2, vp=2, ep=2))
 # The divisor is scaled in one place for all layouts, so the other objectives take the one that cuts
 # rows and experts.
 PAIRS = (*((layout, "turn") for layout in LAYOUTS), (CP_EP, "sample"), (CP_EP, "token"))

@@ -14,6 +14,7 @@ from tests.stores import sample, write_store
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long  # test_layouts.py and test_report.py compare both, run by run
 def test_every_objective_and_the_validation_loss_equal_their_definition(world: World) -> None:
     """Validation takes the same road: sum over sum over a whole store of any size.
 
