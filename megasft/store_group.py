@@ -13,7 +13,6 @@ id.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from megasft.schema import NO_CATEGORY, TURN_FIELDS
 from megasft.sequence_file import FlatSequences, Integers, Numbers, Sequences, cut, offsets_of
 from megasft.store import Lineage, TokenStore, open_store
 from megasft.turn_records import WeightRange
-
-logger = logging.getLogger(__name__)
 
 _CATEGORY: Final = TURN_FIELDS.index("category_id")
 
@@ -149,6 +146,9 @@ def open_stores(paths: Sequence[Path | str]) -> TokenStore:
     Args:
         paths: Folders of stores, at least one; samples are numbered in this order.
 
+    Returns:
+        The store; of several, ``meta["warnings"]`` says in sentences what differs between them.
+
     Raises:
         StoreError: One is missing or damaged, is named twice, or has another tokenizer.
     """
@@ -161,13 +161,13 @@ def open_stores(paths: Sequence[Path | str]) -> TokenStore:
     stores = [open_store(path) for path in paths]
     if len(stores) == 1:
         return stores[0]
-    for store in stores[1:]:
-        _require_same_tokenizer(stores[0], store)
+    warnings = [w for store in stores[1:] for w in _compare_tokenizers(stores[0], store)]
     names, renumbered = _one_numbering([store.meta.get("categories", {}) for store in stores])
+    renamed = _renamed(stores, names, renumbered)
     weights = [store.weights or WeightRange(0, 1.0, 1.0) for store in stores]
     return TokenStore(
         stores[0].path,
-        _meta(stores, names, renumbered),
+        _meta(stores, names, renumbered) | {"warnings": [*warnings, *renamed]},
         _joined([store.tokens for store in stores]),
         _turns(stores, renumbered),
         _lineages(stores),
@@ -193,7 +193,8 @@ def population_of(store: TokenStore) -> Population:
     return Population(np.asarray(store.lineage[:, 0]), categories, sources, names)
 
 
-def _require_same_tokenizer(first: TokenStore, other: TokenStore) -> None:
+def _compare_tokenizers(first: TokenStore, other: TokenStore) -> list[str]:
+    """Refuse another tokenizer, and return a warning of another chat template."""
     facts = (
         ("vocabulary size", [store.meta["vocab_size"] for store in (first, other)]),
         ("tokenizer", [_tokenizer(store, "sha256") for store in (first, other)]),
@@ -205,11 +206,12 @@ def _require_same_tokenizer(first: TokenStore, other: TokenStore) -> None:
                 "is not the same token in both; build them with one tokenizer"
             )
     templates = [_tokenizer(store, "chat_template_sha256") for store in (first, other)]
-    if templates[0] != templates[1]:
-        logger.warning(
-            "%s and %s were rendered with different chat templates; the model learns both",
-            *(first.path, other.path),
-        )
+    if templates[0] == templates[1]:
+        return []
+    return [
+        f"{first.path} and {other.path} were rendered with different chat templates; the model "
+        "learns both"
+    ]
 
 
 def _tokenizer(store: TokenStore, fact: str) -> Any:
@@ -276,13 +278,6 @@ def _meta(
     names: Mapping[int, str],
     renumbered: Sequence[Mapping[int, int]],
 ) -> dict[str, Any]:
-    for store, new in zip(stores, renumbered, strict=True):
-        for old, number in new.items():
-            if old != number:
-                logger.warning(
-                    "category %d (%s) of %s is %d here; name it by its name in a mixture",
-                    *(old, names[number], store.path, number),
-                )
     prints = [
         [store.fingerprint, sorted(new.items())]
         for store, new in zip(stores, renumbered, strict=True)
@@ -301,6 +296,21 @@ def _meta(
             for source in store.meta["sources"]
         ],
     }
+
+
+def _renamed(
+    stores: Sequence[TokenStore],
+    names: Mapping[int, str],
+    renumbered: Sequence[Mapping[int, int]],
+) -> list[str]:
+    """Return a warning of each category that is called by another number here."""
+    return [
+        f"category {old} ({names[number]}) of {store.path} is {number} here; name it by its name "
+        "in a mixture"
+        for store, new in zip(stores, renumbered, strict=True)
+        for old, number in new.items()
+        if old != number
+    ]
 
 
 def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from megasft.checks.run.finding import Finding, Report
+    from megasft.checks.engine import Finding, Report
     from megasft.checks.run.subject import Wishes
 
 
@@ -68,14 +68,13 @@ def doctor(
         _print_rules(console)
         return
     from megasft.checks.run.subject import Wishes
-    from megasft.severity import Severity
 
     report = _examine(context.args, world_size, Wishes(gpu_memory_gb, tokens_per_second))
     if json is None or str(json) != "-":
         _print_report(console, report)
     if json is not None:
         _write_json(report, json)
-    if report.of(Severity.ERROR):
+    if report.fails():
         raise typer.Exit(1)
 
 
@@ -129,7 +128,7 @@ def _print_rules(console: Console) -> None:
 
         logging.getLogger("megasft").addHandler(logging.NullHandler())
         cpu.prepare()
-        from megasft.checks.run.rules import RULES
+        from megasft.checks.run.run import RULES
 
     for name, rule in RULES.items():
         style = STYLES[rule.severity]
@@ -156,7 +155,7 @@ def _print_report(console: Console, report: Report) -> None:
 
 
 def _header(report: Report) -> str:
-    from megasft.checks.run.finding import text_of_count
+    from megasft.checks.run.parameters import text_of_count
 
     layout = report.facts.get("layout")
     if layout is None:
@@ -203,7 +202,7 @@ def _print_hanging(console: Console, head: Text, text: str, *, indent: int = 9) 
 def _print_memory(console: Console, report: Report) -> None:
     from rich.text import Text
 
-    from megasft.checks.run.finding import text_of_bytes
+    from megasft.checks.run.memory import text_of_bytes
 
     found, there = report.facts.get("memory"), report.facts.get("gpu_memory")
     if not found:

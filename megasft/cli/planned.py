@@ -78,7 +78,9 @@ class Planned(NamedTuple):
 
 
 def plan_as_trained(store: TokenStore, flags: RowFlags) -> Planned:
-    """Plan the rows of a run; the plan is cached where training looks for it.
+    """Plan the rows of a run, and print what there is to warn of.
+
+    The plan is cached where training looks for it.
 
     Raises:
         FlagError: There is no such packer, or several packings have no effect with it.
@@ -101,7 +103,10 @@ def plan_as_trained(store: TokenStore, flags: RowFlags) -> Planned:
     drawn = None
     if flags.mixture is not None:
         drawn = draw(read_mixture(flags.mixture), population_of(store), seed=flags.run_seed)
-    return Planned(_plan(store, flags, drawn, packer), drawn)
+    plan = _plan(store, flags, drawn, packer)
+    for warning in (*store.meta.get("warnings", ()), *plan.warnings):
+        typer.echo(warning, err=True)
+    return Planned(plan, drawn)
 
 
 def plans_by_packer(

@@ -15,7 +15,6 @@ of one long plan, so that the position of a run stays one integer whatever their
 """
 
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,8 +35,6 @@ from megasft.packing.pack import DEFAULT_PACKER, PACKERS
 from megasft.packing.rows import Packer, Rows, Seed
 from megasft.schema import TURN_FIELDS, turn_weights_of
 from megasft.store import TokenStore
-
-logger = logging.getLogger(__name__)
 
 PLAN_VERSION: Final = 1
 
@@ -66,6 +63,7 @@ class RowPlan:
         identity: Everything the rows depend on, readable; a run resumes on no other plan.
         stages: Row at which each stage starts, and where the last ends.
         num_packings: How often every sample is in the plan, each time in other rows.
+        warnings: What went wrong beside it, in sentences: the plan could not be cached.
     """
 
     rows: Rows
@@ -81,6 +79,7 @@ class RowPlan:
     identity: str
     stages: tuple[int, ...]
     num_packings: int = 1
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -179,6 +178,7 @@ def plan_rows(
         identity += f", {num_packings} packings"
     cached = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     planned = _read(cached, num_samples=num_packings * sum(map(len, kept)))
+    warnings: tuple[str, ...] = ()
     if planned is None:
         planned = _pack(
             PACKERS[packer],
@@ -187,7 +187,7 @@ def plan_rows(
             align_tokens=align_tokens,
             seeds=[seed, *([seed, number] for number in range(1, num_packings))],
         )
-        _write(cached, *planned)
+        warnings = _write(cached, *planned)
     rows, stages = planned
     counts = _turns_and_labels(store)
     contents = _contents(store, rows, *counts)
@@ -205,6 +205,7 @@ def plan_rows(
         identity=identity,
         stages=stages,
         num_packings=num_packings,
+        warnings=warnings,
     )
 
 
@@ -321,14 +322,19 @@ def _read(path: Path, *, num_samples: int) -> tuple[Rows, tuple[int, ...]] | Non
     return (rows, tuple(stages)) if is_whole else None
 
 
-def _write(path: Path, rows: Rows, stages: tuple[int, ...]) -> None:
-    """Write to a name of this process and rename: ranks may race, readers see whole files."""
+def _write(path: Path, rows: Rows, stages: tuple[int, ...]) -> tuple[str, ...]:
+    """Write to a name of this process and rename: ranks may race, readers see whole files.
+
+    Returns:
+        A warning where that is not possible.
+    """
     temporary = path.with_name(f"{path.stem}.{os.uname().nodename}.{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(temporary, samples=rows.samples, borders=rows.borders, stages=np.array(stages))
         temporary.replace(path)
     except OSError as error:
-        logger.warning("row plan not cached (%s); it will be computed again next time", error)
         with suppress(OSError):
             temporary.unlink()
+        return (f"row plan not cached ({error}); it will be computed again next time",)
+    return ()

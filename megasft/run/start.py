@@ -3,8 +3,8 @@
 Training, ``megasft doctor``, ``megasft resume-check`` and proofs go through it, so what one refuses
 the others refuse, in the same words and order. It is a row of steps. A step changes flags, opens
 data or asks Megatron; preflight's rules are asked between them, as soon as what they look at is
-there. A step's refusal is an error of the rule of its name, and what needs it is left unchecked,
-which is said.
+there. A step returns what it warns of, and its refusal is an error of the rule of its name; what
+needs it is left unchecked, which is said.
 
 Steps change a copy of the flags: rules on flags as a user gave them read the first, the run goes on
 with the second.
@@ -21,15 +21,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+from megasft.checks.engine import Report, Severity
 from megasft.checks.run import machine
-from megasft.checks.run.finding import Report
-from megasft.checks.run.parallel import sizes_are_positive
-from megasft.checks.run.rules import Stage
+from megasft.checks.run.flags import sizes_are_positive
 from megasft.checks.run.run import Examination
-from megasft.checks.run.subject import Subject, Wishes
+from megasft.checks.run.subject import Stage, Subject, Wishes
 from megasft.errors import FlagError, MegasftError
 from megasft.megatron import flags
-from megasft.severity import Severity
 from megasft.training import arguments, datasets, resume, row_order, run_length, saving
 
 logger = logging.getLogger("megasft")
@@ -106,11 +104,12 @@ def settle(args: Any) -> Subject:
         MegasftError: What the first step that refuses says.
     """
     run = Subject(machine.look(), Wishes(), args)
-    arguments.check(args)
-    _open(run)
+    warnings = [*arguments.check(args), *_open(run)]
     _set_length(run, args)
-    _follow_checkpoint(run, args)
+    warnings += _follow_checkpoint(run, args)
     _accept(run, args, prints=False)
+    for warning in warnings:
+        logger.warning("%s", warning)
     return run
 
 
@@ -155,11 +154,17 @@ def _is_over(asked: Examination, args: Any) -> bool:
     return is_over
 
 
-def _open(run: Subject) -> None:
+def _open(run: Subject) -> list[str]:
     """Open the stores and plan their rows, unless a rule has said already why that fails."""
     args = run.args
-    if args.megasft_data and args.seq_length and sizes_are_positive(args):
-        run.opened = datasets.open_data(args)
+    if not (args.megasft_data and args.seq_length and sizes_are_positive(args)):
+        return []
+    run.opened = data = datasets.open_data(args)
+    return [
+        warning
+        for planned in (data.train, *data.valid.values())
+        for warning in (*planned.store.meta.get("warnings", ()), *planned.plan.warnings)
+    ]
 
 
 def _set_length(run: Subject, args: Any) -> None:
@@ -168,10 +173,11 @@ def _set_length(run: Subject, args: Any) -> None:
     saving.apply(args)
 
 
-def _follow_checkpoint(run: Subject, args: Any) -> None:
-    resume.check(args, row_order.identity(run.data.train.plan, run.window))
+def _follow_checkpoint(run: Subject, args: Any) -> list[str]:
+    warnings = resume.check(args, row_order.identity(run.data.train.plan, run.window))
     saving.check_steps_left(args)
     resume.follow_new_length(args)
+    return warnings
 
 
 def _accept(run: Subject, args: Any, *, prints: bool) -> None:

@@ -6,7 +6,6 @@ model's flags written by the conversion, the user's own.
 """
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +22,6 @@ from megasft.training import best, retention, run_length, saving, validation
 from megasft.training.report_arguments import add_report_arguments, check_report
 from megasft.training.turn_weights import add_weight_arguments
 from megasft.training.unknown_flags import clear_errors
-
-logger = logging.getLogger(__name__)
 
 MODEL_FILE: Final = "megasft_model.json"
 """What the conversion writes beside a checkpoint: the model's Megatron flags."""
@@ -226,8 +223,11 @@ def _model_flags(folder: Path) -> list[str]:
     return [str(flag) for flag in orjson.loads(path.read_bytes())["flags"]]
 
 
-def check(args: Any) -> None:
+def check(args: Any) -> list[str]:
     """Refuse flags that would make the loss something else than its name says.
+
+    Returns:
+        What there is to warn of, in sentences.
 
     Raises:
         FlagError: With the fact and the remedy.
@@ -287,7 +287,7 @@ def check(args: Any) -> None:
     best.check(args, validation.named_stores(args.megasft_valid_data))
     saving.check(args)
     _check_attention(args)
-    _warn_of_what_depends_on_the_layout(args)
+    return _what_depends_on_the_layout(args)
 
 
 def _check_packing(args: Any) -> None:
@@ -307,23 +307,24 @@ def _check_packing(args: Any) -> None:
         )
 
 
-def _warn_of_what_depends_on_the_layout(args: Any) -> None:
+def _what_depends_on_the_layout(args: Any) -> list[str]:
     """Name the options of mixture-of-experts models whose definition is one of a layout."""
     if not args.num_experts:
-        return
-    balancing = args.moe_router_load_balancing_type
+        return []
+    found, balancing = [], args.moe_router_load_balancing_type
     if "global_aux_loss" in ([balancing] if isinstance(balancing, str) else balancing):
-        logger.warning(
+        found.append(
             "--moe-router-load-balancing-type global_aux_loss counts tokens over the micro-batches "
             "so far, so its gradient depends on data parallelism and accumulation; aux_loss does "
             "not at one --micro-batch-size"
         )
     if args.moe_expert_capacity_factor is not None:
-        logger.warning(
-            "--moe-expert-capacity-factor %s drops tokens by what else is on their rank, so the "
-            "loss depends on the layout; without it no token is dropped",
-            args.moe_expert_capacity_factor,
+        found.append(
+            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor} drops tokens by what "
+            "else is on their rank, so the loss depends on the layout; without it no token is "
+            "dropped"
         )
+    return found
 
 
 def _check_attention(args: Any) -> None:

@@ -47,25 +47,28 @@ KINDS: Final = {
 """What the parts of an identity are about, and how such a part starts; see ``plan_rows``."""
 
 
-def check(args: Any, plan_identity: str) -> None:
+def check(args: Any, plan_identity: str) -> list[str]:
     """Compare this run's row plan with the one of the checkpoint it will load, and remember it.
 
     Args:
         args: Megatron's flags; ``megasft_plan`` is set, so that checkpoints carry it.
         plan_identity: ``row_order.identity`` of the training store.
 
+    Returns:
+        What there is to warn of, in sentences.
+
     Raises:
         FlagError: The checkpoint was trained on other rows, or cannot be continued.
     """
     args.megasft_plan = plan_identity
-    _check_optimizer(args)
+    warnings = _check_optimizer(args)
     state = None if args.finetune else _saved_state(args)
     saved = None if state is None else identity_in(state)
     if state is None or saved is None:
-        return
+        return warnings
     _check_form_of_moments(args, state["args"])
     if saved == plan_identity:
-        return
+        return warnings
     raise FlagError(
         f"--load {args.load} was trained on other rows ({differences(saved, plan_identity)}), so "
         "its position means nothing here; use the same stores, --megasft-mixture, "
@@ -97,18 +100,19 @@ def _by_kind(identity: str) -> dict[str, str]:
     return found
 
 
-def _check_optimizer(args: Any) -> None:
+def _check_optimizer(args: Any) -> list[str]:
     """Catch what Megatron 0.19 cannot load back: its distributed optimizer over torch's Adam."""
     if not args.use_distributed_optimizer or has("transformer_engine") or has("apex"):
-        return
+        return []
     fact = (
         "without Transformer Engine or Apex, Megatron 0.19 cannot load a checkpoint of "
         "--use-distributed-optimizer (it asserts that torch's Adam has a step count already)"
     )
     if find(args) is not None and not (args.finetune or args.no_load_optim):
         raise FlagError(f"{fact}; drop the flag, or pass --no-load-optim to start it again")
-    if args.save:
-        logger.warning("%s; a run saved to %s will not resume with its moments", fact, args.save)
+    return [f"{fact}; a run saved to {args.save} will not resume with its moments"] * bool(
+        args.save
+    )
 
 
 def _check_form_of_moments(args: Any, saved: Any) -> None:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from megasft.checks.engine import Finding, Severity, rule
 from megasft.checks.run import parameters
-from megasft.checks.run.finding import Hit
+from megasft.checks.run.subject import Stage, Subject
 from megasft.errors import FlagError
 from megasft.megatron.flags import attention_backend
-
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
 
 GIB: Final = 2**30
 LONG_FOR_REFERENCE: Final = 8192
 WIDEST_FAST_HEAD: Final = 256
 
 
-def refused(subject: Subject) -> Iterator[Hit]:
-    """Find model options that our attention does not compute."""
+@rule("attention-refuses", Severity.ERROR, Stage.MODEL, theme="model")
+def refused(subject: Subject) -> Iterator[Finding]:
+    """The chosen attention does not compute what the model asks."""
     from megasft.megatron.core_attention import PackedCoreAttention
 
     backend, config = attention_backend(subject.settled), subject.config.transformer
@@ -40,27 +39,12 @@ def refused(subject: Subject) -> Iterator[Hit]:
                 backend=backend,
             )
         except FlagError as error:
-            yield Hit.from_message(str(error))
+            yield Finding(str(error))
 
 
-def heads_to_exchange(subject: Subject) -> Iterator[Hit]:
-    """Find heads that Transformer Engine's all-to-all context parallelism cannot deal out."""
-    args = subject.args
-    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
-    if cp == 1 or attention_backend(args) is not None or not args.num_attention_heads:
-        return
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    if "a2a" in args.cp_comm_type and (groups // tp) % cp:
-        yield Hit(
-            f"--cp-comm-type a2a deals the {max(groups // tp, 1)} key heads of a rank to "
-            f"{cp} context-parallel ranks, which does not come out even",
-            "use --cp-comm-type p2p, or a CP that divides them",
-            {"heads": groups // tp, "cp": cp},
-        )
-
-
-def slow_kernel(subject: Subject) -> Iterator[Hit]:
-    """Find runs on a GPU whose blocks only the slow kernel computes."""
+@rule("attention-kernel", Severity.WARNING, Stage.MODEL, theme="model")
+def slow_kernel(subject: Subject) -> Iterator[Finding]:
+    """Attention takes its slow kernel."""
     args = subject.settled
     if attention_backend(args) not in ("ring", "all_gather") or not subject.machine.gpus:
         return
@@ -76,24 +60,25 @@ def slow_kernel(subject: Subject) -> Iterator[Hit]:
     }
     given = [reason for reason, is_so in reasons.items() if is_so]
     if given:
-        yield Hit(
+        yield Finding(
             f"attention takes the tiled kernel, exact and slow, because of {' and '.join(given)}",
             "use --transformer-impl transformer_engine --megasft-attention te, or lift the reason",
         )
 
 
-def quadratic_memory(subject: Subject) -> Iterator[Hit]:
-    """Find attention that keeps a square of a long row."""
+@rule("attention-memory", Severity.WARNING, Stage.MODEL, theme="model")
+def quadratic_memory(subject: Subject) -> Iterator[Finding]:
+    """The chosen attention keeps a square of the row."""
     args = subject.settled
     backend, row = attention_backend(args), args.micro_batch_size * args.seq_length
     if backend == "reference" and row > LONG_FOR_REFERENCE:
-        yield Hit(
+        yield Finding(
             f"--megasft-attention reference keeps {row:,} x {row:,} scores a head",
             "use ring; reference is to debug with",
         )
     mask = row // (2 * args.context_parallel_size) * row
     if backend == "sdpa" and args.context_parallel_size > 1 and mask > GIB:
-        yield Hit(
+        yield Finding(
             f"--megasft-attention sdpa under CP {args.context_parallel_size} makes a mask of "
             f"{mask / GIB:.1f} GiB for each slice of a row of {row:,} tokens",
             "use ring or all_gather",

@@ -11,37 +11,41 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megasft.checks.engine import Finding, Severity, rule
 from megasft.checks.run import memory, parameters
-from megasft.checks.run.finding import Hit, text_of_bytes
-
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
+from megasft.checks.run.memory import text_of_bytes
+from megasft.checks.run.subject import Stage, Subject
 
 
-def not_saved(subject: Subject) -> Iterator[Hit]:
-    """Find a run whose result is lost."""
+@rule("not-saved", Severity.WARNING, Stage.FLAGS, theme="checkpoints")
+def not_saved(subject: Subject) -> Iterator[Finding]:
+    """The run leaves no checkpoint."""
     args = subject.args
     if args.save is None and not args.skip_train:
-        yield Hit("without --save the run leaves no checkpoint", "add --save DIR --save-interval N")
+        yield Finding(
+            "without --save the run leaves no checkpoint", "add --save DIR --save-interval N"
+        )
 
 
-def not_writable(subject: Subject) -> Iterator[Hit]:
-    """Find a folder for checkpoints that cannot be written to."""
+@rule("save-not-writable", Severity.ERROR, Stage.FLAGS, theme="checkpoints")
+def not_writable(subject: Subject) -> Iterator[Finding]:
+    """--save cannot be written to."""
     save = subject.args.save
     if save and not os.access(existing(Path(save)), os.W_OK | os.X_OK):
-        yield Hit(
+        yield Finding(
             f"--save {save} cannot be written to: no permission in {existing(Path(save))}",
             "choose another folder, or have it opened",
         )
 
 
-def disk_full(subject: Subject) -> Iterator[Hit]:
-    """Find a disk on which not even one checkpoint has room."""
+@rule("disk-full", Severity.ERROR, Stage.MODEL, theme="checkpoints")
+def disk_full(subject: Subject) -> Iterator[Finding]:
+    """Not even one checkpoint has room."""
     size, free = _size_and_free(subject)
     if size is not None and size > free:
-        yield Hit(
+        yield Finding(
             f"a checkpoint takes {text_of_bytes(size)}, and --save {subject.settled.save} has "
             f"{text_of_bytes(free)} free",
             "free space, choose another folder, or pass --no-save-optim for the weights alone "
@@ -50,13 +54,14 @@ def disk_full(subject: Subject) -> Iterator[Hit]:
         )
 
 
-def disk_filling(subject: Subject) -> Iterator[Hit]:
-    """Find a disk that fills up during the run."""
+@rule("disk-filling", Severity.WARNING, Stage.MODEL, theme="checkpoints")
+def disk_filling(subject: Subject) -> Iterator[Finding]:
+    """The disk fills up during the run."""
     args = subject.settled
     size, free = _size_and_free(subject)
     num = num_kept(args)
     if size is not None and size <= free < num * size:
-        yield Hit(
+        yield Finding(
             f"{num:,} checkpoints of {text_of_bytes(size)} take {text_of_bytes(num * size)}, and "
             f"--save {args.save} has {text_of_bytes(free)} free",
             "pass --megasft-keep-last 2 (one more is there while it is written), or raise "
@@ -65,12 +70,13 @@ def disk_filling(subject: Subject) -> Iterator[Hit]:
         )
 
 
-def checkpoint_size(subject: Subject) -> Iterator[Hit]:
-    """Say how large a checkpoint is, and how many there will be."""
+@rule("checkpoint-size", Severity.NOTE, Stage.MODEL, theme="checkpoints")
+def checkpoint_size(subject: Subject) -> Iterator[Finding]:
+    """How large checkpoints are."""
     args = subject.settled
     size, free = _size_and_free(subject)
     if size is not None:
-        yield Hit(
+        yield Finding(
             f"a checkpoint takes {text_of_bytes(size)}, {num_kept(args):,} at once take "
             f"{text_of_bytes(num_kept(args) * size)}, {text_of_bytes(free)} are free",
             "",

@@ -10,19 +10,16 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final
 
 from megasft import compat
-from megasft.checks.run.finding import Hit
+from megasft.checks.engine import Finding, Severity, rule
+from megasft.checks.run.subject import Gpu, Machine, Stage, Subject
 from megasft.errors import MissingPackageError
 from megasft.megatron import cpu
-
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
 
 GIB: Final = 2**30
 TESTED_MEGATRON: Final = "0.19.2"
@@ -37,65 +34,17 @@ _PACKAGES: Final = {
     "Apex": "apex",
 }
 COSTS: Final = {
-    "Transformer Engine": "plain layers and Megatron's torch Adam instead of fused ones, no FP8, "
-    "and --use-distributed-optimizer cannot resume; pip install megasft[te]",
-    "flash-attn": "blocks of the ring take torch's kernel instead of flash-attn's; "
-    "pip install megasft[flash]",
+    "Transformer Engine": (
+        "plain layers and Megatron's torch Adam instead of fused ones, no FP8, and "
+        "--use-distributed-optimizer cannot resume",
+        "te",
+    ),
+    "flash-attn": ("blocks of the ring take torch's kernel instead of flash-attn's", "flash"),
 }
-"""What a GPU run lacks without a package."""
+"""What a GPU run lacks without a package, and the extra that brings it."""
 
 LEAST_SHM: Final = GIB
 LEAST_FILES: Final = 4096
-
-
-class Gpu(NamedTuple):
-    """A CUDA device.
-
-    Attributes:
-        name: As its driver gives it.
-        memory: All of it, in bytes.
-        capability: Compute capability, major and minor.
-    """
-
-    name: str
-    memory: int
-    capability: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a process sees of its machine.
-
-    Attributes:
-        versions: Package to version; None where it is not installed. Python, CUDA and NCCL too.
-        gpus: Empty without CUDA.
-        num_cpus: Cores this process may use.
-        shm: Bytes of shared memory (``/dev/shm``).
-        open_files: How many files a process may have open; -1 without a limit.
-        locked_memory: Bytes a process may lock; -1 without a limit.
-        has_infiniband: Whether there is such a device.
-        environment: Environment variables.
-    """
-
-    versions: Mapping[str, str | None]
-    gpus: tuple[Gpu, ...]
-    num_cpus: int
-    shm: int
-    open_files: int
-    locked_memory: int
-    has_infiniband: bool
-    environment: Mapping[str, str]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the facts, without the environment."""
-        return {
-            "versions": dict(self.versions),
-            "gpus": [gpu._asdict() for gpu in self.gpus],
-            "cpus": self.num_cpus,
-            "shared_memory": self.shm,
-            "open_files": self.open_files,
-            "locked_memory": self.locked_memory,
-        }
 
 
 def look() -> Machine:
@@ -144,24 +93,26 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(p.name, p.total_memory, (p.major, p.minor)) for p in seen)
 
 
-def versions(subject: Subject) -> Iterator[Hit]:
-    """Name everything a bug report has to name."""
+@rule("versions", Severity.NOTE, Stage.MACHINE, theme="machine")
+def versions(subject: Subject) -> Iterator[Finding]:
+    """Versions of everything that takes part."""
     known = {name: v for name, v in subject.machine.versions.items() if v is not None}
-    yield Hit(", ".join(f"{name} {version}" for name, version in known.items()), "", known)
+    yield Finding(", ".join(f"{name} {version}" for name, version in known.items()), "", known)
 
 
-def devices(subject: Subject) -> Iterator[Hit]:
-    """Name the GPUs, or say that there are none."""
+@rule("devices", Severity.NOTE, Stage.MACHINE, theme="machine")
+def devices(subject: Subject) -> Iterator[Finding]:
+    """The GPUs, or that there are none."""
     gpus = subject.machine.gpus
     if not gpus:
-        yield Hit(
+        yield Finding(
             f"no CUDA device, {subject.machine.num_cpus} CPU cores: a run takes CPU ranks with "
             "gloo; its losses and gradients are real, its speed and memory say nothing about GPUs",
             "",
             {"cpus": subject.machine.num_cpus},
         )
     for name, memory, capability in sorted(set(gpus)):
-        yield Hit(
+        yield Finding(
             f"{gpus.count(Gpu(name, memory, capability))} x {name}, {memory / GIB:,.0f} GiB, "
             f"compute capability {capability[0]}.{capability[1]}",
             "",
@@ -169,39 +120,43 @@ def devices(subject: Subject) -> Iterator[Hit]:
         )
 
 
-def wrong_megatron(subject: Subject) -> Iterator[Hit]:
-    """Find a megatron-core this release does not plug into."""
+@rule("megatron-version", Severity.ERROR, Stage.MACHINE, theme="machine")
+def wrong_megatron(subject: Subject) -> Iterator[Finding]:
+    """Megatron-core is missing, too old or too new."""
     try:
         compat.require_megatron()
     except MissingPackageError as error:
-        yield Hit.from_message(str(error))
+        yield Finding(str(error))
 
 
-def untested_megatron(subject: Subject) -> Iterator[Hit]:
-    """Find another megatron-core than the one everything is tested on."""
+@rule("megatron-untested", Severity.NOTE, Stage.MACHINE, theme="machine")
+def untested_megatron(subject: Subject) -> Iterator[Finding]:
+    """Another megatron-core than the tested one."""
     version = subject.machine.versions.get("megatron-core")
     if version not in (None, TESTED_MEGATRON):
-        yield Hit(
+        yield Finding(
             f"megatron-core {version} is installed, and megasft is tested on {TESTED_MEGATRON}",
             f"pip install megatron-core=={TESTED_MEGATRON}, or run `megasft prove` on this one",
         )
 
 
-def packages(subject: Subject) -> Iterator[Hit]:
-    """Name optional packages that a GPU run lacks, and what that costs."""
+@rule("packages", Severity.WARNING, Stage.MACHINE, theme="machine")
+def packages(subject: Subject) -> Iterator[Finding]:
+    """An optional package that a GPU run lacks, and what that costs."""
     if not subject.machine.gpus:
         return
-    for name, cost in COSTS.items():
+    for name, (cost, extra) in COSTS.items():
         if subject.machine.versions.get(name) is None:
-            yield Hit.from_message(f"{name} is not installed: {cost}")
+            yield Finding(f"{name} is not installed: {cost}", f"pip install megasft[{extra}]")
 
 
-def slow_environment(subject: Subject) -> Iterator[Hit]:
-    """Find environment variables that are for debugging, or switch a transport off."""
+@rule("slow-environment", Severity.WARNING, Stage.MACHINE, theme="machine")
+def slow_environment(subject: Subject) -> Iterator[Finding]:
+    """Environment variables that debug, or switch a transport off."""
     for name, (values, effect) in _HURTS.items():
         value = subject.machine.environment.get(name, "")
         if value.upper() in values:
-            yield Hit(f"{name}={value} {effect}", f"unset {name}, unless it is meant")
+            yield Finding(f"{name}={value} {effect}", f"unset {name}, unless it is meant")
 
 
 _ON: Final = ("1", "TRUE", "ON", "YES")
@@ -219,41 +174,48 @@ _HURTS: Final = {
 }
 
 
-def small_shared_memory(subject: Subject) -> Iterator[Hit]:
-    """Find a container whose shared memory is too small for NCCL and data loading."""
+@rule("shared-memory", Severity.WARNING, Stage.MACHINE, theme="machine")
+def small_shared_memory(subject: Subject) -> Iterator[Finding]:
+    """/dev/shm is too small for NCCL and data loading."""
     machine = subject.machine
     if machine.gpus and machine.shm < LEAST_SHM:
-        yield Hit(
+        yield Finding(
             f"/dev/shm has {machine.shm / 2**20:,.0f} MiB, and NCCL and data loading share memory "
             "there between processes",
             "start the container with --ipc=host or --shm-size=16g",
         )
 
 
-def few_open_files(subject: Subject) -> Iterator[Hit]:
-    """Find a limit of open files that sharded checkpoints of many ranks may reach."""
+@rule("open-files", Severity.NOTE, Stage.MACHINE, theme="machine")
+def few_open_files(subject: Subject) -> Iterator[Finding]:
+    """Few files may be open at once."""
     limit = subject.machine.open_files
     if 0 <= limit < LEAST_FILES:
-        yield Hit(
+        yield Finding(
             f"a process may open {limit:,} files; sockets and checkpoint shards of many ranks "
             "take more",
             "ulimit -n 65536",
         )
 
 
-def locked_memory(subject: Subject) -> Iterator[Hit]:
-    """Find a limit of locked memory that keeps InfiniBand from working."""
+@rule("locked-memory", Severity.WARNING, Stage.MACHINE, theme="machine")
+def locked_memory(subject: Subject) -> Iterator[Finding]:
+    """InfiniBand may not lock its buffers."""
     machine = subject.machine
     if machine.has_infiniband and machine.locked_memory >= 0:
-        yield Hit(
+        yield Finding(
             f"a process may lock {machine.locked_memory / 2**20:,.0f} MiB, and InfiniBand needs to "
             "lock its buffers",
             "ulimit -l unlimited (in a container: --ulimit memlock=-1)",
         )
 
 
-def cuda_connections(subject: Subject) -> Iterator[Hit]:
-    """Find what Megatron asserts before Blackwell: one queue, so that overlaps keep their order."""
+@rule("cuda-connections", Severity.ERROR, Stage.FLAGS, theme="machine")
+def cuda_connections(subject: Subject) -> Iterator[Finding]:
+    """CUDA_DEVICE_MAX_CONNECTIONS is not what Megatron asserts.
+
+    Before Blackwell it asks for one queue, so that overlaps keep their order.
+    """
     args, machine = subject.args, subject.machine
     is_split = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
     is_fsdp = args.use_torch_fsdp2 or args.use_megatron_fsdp
@@ -262,34 +224,36 @@ def cuda_connections(subject: Subject) -> Iterator[Hit]:
     if is_old and is_split and not (is_fsdp or args.overlap_moe_expert_parallel_comm):
         if value == "1":
             return
-        yield Hit(
+        yield Finding(
             f"CUDA_DEVICE_MAX_CONNECTIONS is {value or 'not set'}, and Megatron needs 1 for tensor "
             "or context parallelism on GPUs before Blackwell",
             "export CUDA_DEVICE_MAX_CONNECTIONS=1 on each machine",
         )
 
 
-def too_many_ranks(subject: Subject) -> Iterator[Hit]:
-    """Find more ranks on this machine than it has GPUs."""
+@rule("too-many-ranks", Severity.ERROR, Stage.FLAGS, theme="machine")
+def too_many_ranks(subject: Subject) -> Iterator[Finding]:
+    """More ranks than GPUs on this machine."""
     num_gpus = len(subject.machine.gpus)
     local = int(subject.machine.environment.get("LOCAL_WORLD_SIZE", "0"))
     if num_gpus > 1 and local > num_gpus:
-        yield Hit(
+        yield Finding(
             f"{local} ranks are started on this machine, which has {num_gpus} GPUs",
             f"torchrun --nproc-per-node {num_gpus}",
         )
 
 
-def half_precision(subject: Subject) -> Iterator[Hit]:
-    """Find a precision this GPU has no units for, or none chosen on a GPU."""
+@rule("precision", Severity.WARNING, Stage.FLAGS, theme="machine")
+def half_precision(subject: Subject) -> Iterator[Finding]:
+    """A precision this GPU lacks, or none chosen."""
     args, gpus = subject.args, subject.machine.gpus
     if args.bf16 and any(gpu.capability < (8, 0) for gpu in gpus):
-        yield Hit(
+        yield Finding(
             f"--bf16 on {gpus[0].name}, which emulates bfloat16 (compute capability 8.0 has it)",
             "use --fp16, or a newer GPU",
         )
     if gpus and not (args.bf16 or args.fp16):
-        yield Hit(
+        yield Finding(
             "neither --bf16 nor --fp16: weights, activations and matrix products are float32, at "
             "a fraction of the GPU's speed and twice the memory",
             "add --bf16",

@@ -18,16 +18,14 @@ beyond the reserve, and FSDP, for which there is no estimate. Measured on a GPU 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from megasft.checks.engine import Finding, Severity, rule
 from megasft.checks.run import parameters
-from megasft.checks.run.finding import Hit, text_of_bytes, text_of_count
-from megasft.checks.run.parameters import Counts, Stage
+from megasft.checks.run.parameters import Counts, StageCounts, text_of_count
+from megasft.checks.run.subject import Stage, Subject
 from megasft.megatron import cpu
 from megasft.megatron.flags import attention_backend
-
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
 
 GIB: Final = 2**30
 RESERVE: Final = 3 * GIB
@@ -93,7 +91,7 @@ def estimate(args: Any, config: Any) -> Estimate | None:
     return max(estimates, key=lambda each: each.total)
 
 
-def of_stage(args: Any, config: Any, stage: Stage, number: int) -> Estimate:
+def of_stage(args: Any, config: Any, stage: StageCounts, number: int) -> Estimate:
     """Estimate the memory of a rank of one stage."""
     parts = [*_states(args, stage.counts), *_activations(args, config, stage, number)]
     held = sum(part.num_bytes for part in parts)
@@ -158,7 +156,7 @@ def _states(args: Any, counts: Counts) -> Iterator[Part]:
         )
 
 
-def _activations(args: Any, config: Any, stage: Stage, number: int) -> Iterator[Part]:
+def _activations(args: Any, config: Any, stage: StageCounts, number: int) -> Iterator[Part]:
     tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
     pp = args.pipeline_model_parallel_size
     element = 2 if args.bf16 or args.fp16 else 4
@@ -328,6 +326,16 @@ def _logits(args: Any, tokens: int, element: int) -> Part:
     )
 
 
+def text_of_bytes(num_bytes: float) -> str:
+    """Return a size as people compare it with the memory of a GPU: 1 GB is 1e9 bytes.
+
+    Example:
+        >>> text_of_bytes(80e9), text_of_bytes(2.5e6)
+        ('80.0 GB', '2.5 MB')
+    """
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
 def available(subject: Subject) -> float | None:
     """Return the memory of the smallest GPU in bytes, or that which the doctor was told."""
     if subject.wishes.gpu_memory_gb is not None:
@@ -335,13 +343,14 @@ def available(subject: Subject) -> float | None:
     return min((gpu.memory for gpu in subject.machine.gpus), default=None)
 
 
-def too_little(subject: Subject) -> Iterator[Hit]:
-    """Find a run that needs more memory than a GPU has, by the estimate."""
+@rule("memory", Severity.WARNING, Stage.MODEL, theme="memory")
+def too_little(subject: Subject) -> Iterator[Finding]:
+    """A GPU has less memory than the run needs, by estimate."""
     found, there = estimate(subject.settled, subject.config.transformer), available(subject)
     if found is None or there is None or found.total <= FULL * there:
         return
     largest = max(found.parts[:-1], key=lambda part: part.num_bytes)  # but for the reserve
-    yield Hit(
+    yield Finding(
         f"the fullest GPU needs about {text_of_bytes(found.total)} of {text_of_bytes(there)} "
         f"(estimated), {text_of_bytes(largest.num_bytes)} of it {largest.name}: {largest.how}",
         "; ".join(_remedies(subject.settled, largest.name)),

@@ -49,7 +49,7 @@ class Counts(NamedTuple):
         return Counts(self.dense + other.dense, self.expert + other.expert)
 
 
-class Stage(NamedTuple):
+class StageCounts(NamedTuple):
     """What a rank of one pipeline stage holds.
 
     Attributes:
@@ -87,7 +87,7 @@ def of_model(args: Any) -> Counts:
     return total.plus(_mtp(args, whole))
 
 
-def of_stages(args: Any, config: Any) -> list[Stage]:
+def of_stages(args: Any, config: Any) -> list[StageCounts]:
     """Count the parameters a rank of each pipeline stage holds.
 
     Args:
@@ -104,7 +104,7 @@ def of_stages(args: Any, config: Any) -> list[Stage]:
         for has_experts in mine:
             counts = counts.plus(layer(args, split, is_moe=has_experts))
         counts = counts.plus(_ends(args, split, is_first=stage == 0, is_last=stage == pp - 1))
-        stages.append(Stage(counts, len(mine) - sum(mine), sum(mine)))
+        stages.append(StageCounts(counts, len(mine) - sum(mine), sum(mine)))
     return stages
 
 
@@ -231,3 +231,13 @@ def _mtp(args: Any, split: Split) -> Counts:
         counts = counts.plus(Counts(own, 0))
         counts = counts.plus(layer(args, split, is_moe=moe_layers(args)[-1]))
     return counts
+
+
+def text_of_count(number: float) -> str:
+    """Return a number of parameters.
+
+    Example:
+        >>> text_of_count(8.19e9), text_of_count(1.31e6)
+        ('8.19 B', '1.31 M')
+    """
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.2f} M"

@@ -2,23 +2,24 @@
 
 What an epoch will look like is the business of ``megasft plan``: its cautions are asked here, with
 the run's own rows, and added to by what only the run knows, its length and its validation stores.
+Megatron adds units up in int32, and kernels that index logits with 32-bit offsets read elsewhere
+without a word once a micro-batch has 2**31 of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from megasft.checks import plan as forecast_cautions
-from megasft.checks.run.finding import Hit
+from megasft.checks.engine import Finding, Severity, rule, step
+from megasft.checks.run.subject import Stage, Subject
 from megasft.packing.balance import BatchShape
 from megasft.packing.forecast import Run, forecast
 from megasft.training import row_order
 from megasft.training.datasets import PlannedStore
 
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
-
+INT32: Final = 2**31
 MANY_EPOCHS: Final = 10
 SHORT_SHARE: Final = 512
 """Tokens of a row's share below which a GPU waits for launches and messages."""
@@ -26,58 +27,17 @@ SHORT_SHARE: Final = 512
 _ASKED_ALREADY: Final = ("indivisible-batch", "too-long")
 
 
-def summary(subject: Subject) -> Iterator[Hit]:
-    """Say what an epoch holds."""
-    args = subject.settled
-    plan = subject.data.train.plan
-    yield Hit(
-        plan.summary(global_batch_size=args.global_batch_size),
-        "",
-        {"rows": plan.epoch_rows, "iterations": plan.epoch_rows / args.global_batch_size},
-    )
+@rule("too-long", Severity.WARNING, Stage.DATA, theme="data", announced=True)
+def too_long(subject: Subject) -> Iterator[Finding]:
+    """Samples fit no row and are left out.
 
-
-def run_length(subject: Subject) -> Iterator[Hit]:
-    """Say how many epochs the run is."""
-    epochs = _epochs(subject)
-    if epochs is not None:
-        args = subject.settled
-        length = (
-            f"--train-iters {args.train_iters:,}"
-            if args.train_iters
-            else f"--train-samples {args.train_samples:,}"
-        )
-        missed = (
-            f", {100 * (1 - epochs):.0f} % of the rows are not trained" if epochs < 0.99 else ""
-        )
-        yield Hit(f"{length} is {epochs:.2f} epochs{missed}", "", {"epochs": epochs})
-
-
-def many_epochs(subject: Subject) -> Iterator[Hit]:
-    """Find runs that see the same samples over and over."""
-    epochs = _epochs(subject)
-    if epochs is not None and epochs > MANY_EPOCHS:
-        yield Hit(
-            f"the run is {epochs:,.1f} epochs, so the model sees each sample that often",
-            "fine-tuning takes 1 to 5 as a rule; --megasft-epochs 3 says it in epochs",
-            {"epochs": epochs},
-        )
-
-
-def _epochs(subject: Subject) -> float | None:
-    args = subject.settled
-    samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
-    rows = subject.data.train.plan.epoch_rows
-    return samples / rows if samples and not args.skip_train else None
-
-
-def too_long(subject: Subject) -> Iterator[Hit]:
-    """Find samples that fit no row; a run says it, with the first of them, when it announces."""
+    A run says it, with the first of them, when it announces its data.
+    """
     for name, planned in _planned(subject):
         lost = planned.plan.too_long
         if len(lost):
             lengths = planned.store.tokens.lengths[lost]
-            yield Hit(
+            yield Finding(
                 f"{name}: {len(lost):,} of {len(planned.store):,} samples are longer than "
                 f"--seq-length {planned.plan.row_tokens:,} and are left out: "
                 f"{int(lengths.sum()):,} tokens, the longest has {int(lengths.max()):,}",
@@ -86,8 +46,75 @@ def too_long(subject: Subject) -> Iterator[Hit]:
             )
 
 
-def cautions(subject: Subject) -> Iterator[Hit]:
-    """Ask what ``megasft plan`` cautions about, of the rows that train.
+@rule("short-shares", Severity.WARNING, Stage.DATA, theme="data")
+def short_shares(subject: Subject) -> Iterator[Finding]:
+    """Context parallelism cuts rows into crumbs."""
+    args = subject.args
+    cp = args.context_parallel_size
+    if cp > 1 and args.seq_length / cp < SHORT_SHARE and subject.machine.gpus:
+        yield Finding(
+            f"--context-parallel-size {cp} leaves each rank {args.seq_length // cp} tokens of a "
+            f"row of {args.seq_length:,}: messages take longer than the computation",
+            "use fewer context-parallel ranks, or longer rows",
+            {"tokens": args.seq_length // cp},
+        )
+
+
+@rule("long-micro-batch", Severity.NOTE, Stage.DATA, theme="data")
+def whole_rows_together(subject: Subject) -> Iterator[Finding]:
+    """Several long rows make a micro-batch."""
+    args = subject.args
+    if (args.micro_batch_size or 1) > 1 and args.seq_length >= 8192:
+        yield Finding(
+            f"--micro-batch-size {args.micro_batch_size} lays rows of {args.seq_length:,} tokens "
+            "end to end: the memory of a row as many times long, and the padding of short ones",
+            "use --micro-batch-size 1 and a longer --seq-length if there is memory",
+            {"tokens": args.micro_batch_size * args.seq_length},
+        )
+
+
+LENGTH = step(
+    "length",
+    Stage.LENGTH,
+    theme="flags",
+    meaning="lengths in epochs, or windows of global batches, have no size",
+)
+COMPLETE = step(
+    "complete",
+    Stage.LENGTH,
+    theme="checkpoints",
+    meaning="the run has ended already, and nothing is left to do",
+    severity=Severity.NOTE,
+)
+RESUME = step(
+    "resume",
+    Stage.SETTLE,
+    theme="checkpoints",
+    meaning="the run cannot resume from what --load holds",
+)
+MEGATRON_REFUSES = step(
+    "megatron-refuses",
+    Stage.SETTLE,
+    theme="flags",
+    meaning="Megatron's own validation refuses the flags",
+)
+
+
+@rule("epoch", Severity.NOTE, Stage.MODEL, theme="data")
+def summary(subject: Subject) -> Iterator[Finding]:
+    """What an epoch holds."""
+    args = subject.settled
+    plan = subject.data.train.plan
+    yield Finding(
+        plan.summary(global_batch_size=args.global_batch_size),
+        "",
+        {"rows": plan.epoch_rows, "iterations": plan.epoch_rows / args.global_batch_size},
+    )
+
+
+@rule("plan", Severity.WARNING, Stage.MODEL, theme="data")
+def cautions(subject: Subject) -> Iterator[Finding]:
+    """What `megasft plan` cautions about: batches, padding, even ranks.
 
     The forecast looks at each step of an epoch, and tells no rank what it does not tell rank 0.
     """
@@ -114,46 +141,75 @@ def cautions(subject: Subject) -> Iterator[Hit]:
         if caution.name not in _ASKED_ALREADY:
             # The command's flag has no prefix.
             remedy = caution.remedy.replace("--packer", "--megasft-packer")
-            yield Hit(caution.fact, remedy, {"caution": caution.name})
+            yield Finding(caution.fact, remedy, {"caution": caution.name})
 
 
-def row_of_one(subject: Subject) -> Iterator[Hit]:
-    """Find rows so short that context parallelism leaves them no second document."""
-    args = subject.args
-    cp, row = args.context_parallel_size, args.seq_length
-    if cp > 1 and row and row < 4 * cp:
-        yield Hit(
-            f"a row of {row} tokens holds one document at most: --context-parallel-size {cp} pads "
-            f"each to a multiple of {2 * cp}",
-            "lengthen --seq-length to thousands of tokens a rank, or drop context parallelism, "
-            "which is for rows that do not fit one GPU",
-            {"row_tokens": row, "align_tokens": 2 * cp},
+@rule("run-length", Severity.NOTE, Stage.MODEL, theme="data")
+def run_length(subject: Subject) -> Iterator[Finding]:
+    """How many epochs the run is."""
+    epochs = _epochs(subject)
+    if epochs is not None:
+        args = subject.settled
+        length = (
+            f"--train-iters {args.train_iters:,}"
+            if args.train_iters
+            else f"--train-samples {args.train_samples:,}"
+        )
+        missed = (
+            f", {100 * (1 - epochs):.0f} % of the rows are not trained" if epochs < 0.99 else ""
+        )
+        yield Finding(f"{length} is {epochs:.2f} epochs{missed}", "", {"epochs": epochs})
+
+
+@rule("many-epochs", Severity.WARNING, Stage.MODEL, theme="data")
+def many_epochs(subject: Subject) -> Iterator[Finding]:
+    """The run is many epochs."""
+    epochs = _epochs(subject)
+    if epochs is not None and epochs > MANY_EPOCHS:
+        yield Finding(
+            f"the run is {epochs:,.1f} epochs, so the model sees each sample that often",
+            "fine-tuning takes 1 to 5 as a rule; --megasft-epochs 3 says it in epochs",
+            {"epochs": epochs},
         )
 
 
-def short_shares(subject: Subject) -> Iterator[Hit]:
-    """Find rows that context parallelism cuts into crumbs."""
-    args = subject.args
-    cp = args.context_parallel_size
-    if cp > 1 and args.seq_length / cp < SHORT_SHARE and subject.machine.gpus:
-        yield Hit(
-            f"--context-parallel-size {cp} leaves each rank {args.seq_length // cp} tokens of a "
-            f"row of {args.seq_length:,}: messages take longer than the computation",
-            "use fewer context-parallel ranks, or longer rows",
-            {"tokens": args.seq_length // cp},
+@rule("units-int32", Severity.ERROR, Stage.MODEL, theme="model")
+def too_many_units(subject: Subject) -> Iterator[Finding]:
+    """Units of a global batch do not fit 32 bits."""
+    args, plan = subject.settled, subject.data.train.plan
+    per_row = {"turn": plan.turns, "sample": plan.labelled_samples, "token": plan.labels}
+    most = int(per_row[args.megasft_loss].max(initial=0)) * int(args.global_batch_size)
+    if most >= INT32:
+        yield Finding(
+            f"a global batch of {args.global_batch_size} rows may hold {most:,} {args.megasft_loss}"
+            f" units, and Megatron counts them in 32 bits (up to {INT32 - 1:,})",
+            "lower --global-batch-size",
+            {"units": most},
         )
 
 
-def whole_rows_together(subject: Subject) -> Iterator[Hit]:
-    """Find micro-batches of several long rows, which longer rows do better."""
-    args = subject.args
-    if (args.micro_batch_size or 1) > 1 and args.seq_length >= 8192:
-        yield Hit(
-            f"--micro-batch-size {args.micro_batch_size} lays rows of {args.seq_length:,} tokens "
-            "end to end: the memory of a row as many times long, and the padding of short ones",
-            "use --micro-batch-size 1 and a longer --seq-length if there is memory",
-            {"tokens": args.micro_batch_size * args.seq_length},
+@rule("logits-int32", Severity.WARNING, Stage.MODEL, theme="model")
+def too_many_logits(subject: Subject) -> Iterator[Finding]:
+    """Logits of a micro-batch do not fit 32-bit offsets."""
+    args = subject.settled
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    num = tokens * args.padded_vocab_size // args.tensor_model_parallel_size
+    if num >= INT32:
+        yield Finding(
+            f"a micro-batch has {num:,} logits on a GPU ({tokens:,} tokens x "
+            f"{args.padded_vocab_size:,} ids / TP {args.tensor_model_parallel_size}), more than "
+            f"the {INT32:,} that kernels with 32-bit offsets reach",
+            "raise --context-parallel-size or --tensor-model-parallel-size, or lower "
+            "--micro-batch-size",
+            {"logits": num},
         )
+
+
+def _epochs(subject: Subject) -> float | None:
+    args = subject.settled
+    samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    rows = subject.data.train.plan.epoch_rows
+    return samples / rows if samples and not args.skip_train else None
 
 
 def _planned(subject: Subject) -> Iterator[tuple[str, PlannedStore]]:

@@ -8,21 +8,41 @@ stop a run that would work. A step that fails ends the run, which takes it nowhe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from megasft.checks.run import memory, parameters
-from megasft.checks.run.finding import Finding, Hit, Report, in_order
-from megasft.checks.run.rules import RULES, Rule, Stage
-from megasft.checks.run.subject import Subject
+from megasft.checks.engine import (
+    Finding,
+    Report,
+    Rule,
+    Severity,
+    Unchecked,
+    ask,
+    in_order,
+    named,
+    rules_of,
+)
+from megasft.checks.run import (
+    attention,
+    checkpoints,
+    flags,
+    machine,
+    memory,
+    parallel,
+    parameters,
+    rows,
+    speed,
+    stores,
+)
+from megasft.checks.run.subject import Stage, Subject
 from megasft.errors import MegasftError
-from megasft.severity import Severity, Unchecked
 
 logger = logging.getLogger(__name__)
 
-_OURS = logging.getLogger("megasft")
+RULES: Final = rules_of(
+    machine, flags, parallel, stores, rows, attention, memory, checkpoints, speed
+)
 
 
 @dataclass(slots=True)
@@ -50,74 +70,61 @@ class Examination:
         return any(finding.rule == rule for finding in self._findings)
 
     def ask(self, stage: Stage) -> None:
-        """Run the rules of a stage."""
-        for name, rule in _rules_of(stage).items():
-            if rule.check is not None:
-                self._ask(name, rule, rule.check)
+        """Ask the rules of a stage."""
+        for rule in _rules_of(stage):
+            if rule.check is None or (self.in_run and rule.severity is Severity.NOTE):
+                continue
+            try:
+                found = ask(rule, self.subject)
+            except Exception as error:  # see the module's docstring
+                why = f"the check failed ({type(error).__name__}: {error})"
+                self._unchecked.append(Unchecked((rule.name,), why))
+                logger.debug("rule %s", rule.name, exc_info=True)
+                continue
+            self._num_rules += 1
+            if not (self.in_run and rule.announced):
+                self._findings += found
 
     def skip(self, stage: Stage, why: str) -> None:
         """Leave the rules and steps of a stage unchecked."""
-        self._unchecked.append(Unchecked(tuple(_rules_of(stage)), why))
+        self._unchecked.append(Unchecked(tuple(rule.name for rule in _rules_of(stage)), why))
 
-    def take(self, name: str, step: Callable[[], None], *, is_said: bool = False) -> bool:
+    def take(
+        self, name: str, step: Callable[[], Iterable[str] | None], *, is_said: bool = False
+    ) -> bool:
         """Take a step, and say whether it went well; a refusal is an error of the rule named so.
 
         Args:
             name: Of a rule without a check.
-            step: Raises a ``MegasftError`` where it refuses.
+            step: Returns what it warns of, if anything, and raises a ``MegasftError`` to refuse.
             is_said: Do not repeat its refusal.
         """
-        refusal = None
-        with _warnings_of_ours(pass_on=self.in_run) as logged:
-            try:
-                step()
-            except MegasftError as error:
-                refusal = Hit.from_message(str(error))
         self._num_rules += 1
-        if refusal is not None and not is_said:
-            self._found(name, Severity.ERROR, [refusal])
-        self._found(name, Severity.WARNING, map(Hit.from_message, logged))
-        return refusal is None
+        try:
+            for warning in step() or ():
+                self._findings.append(named(RULES[name], Finding(warning), Severity.WARNING))
+        except MegasftError as error:
+            if not is_said:
+                self._findings.append(named(RULES[name], Finding(str(error))))
+            return False
+        return True
 
     def say(self, name: str, fact: str) -> None:
         """Add a note, which is the doctor's, under the name of a rule without a check."""
         if not self.in_run:
-            self._found(name, Severity.NOTE, [Hit(fact)])
+            self._findings.append(named(RULES[name], Finding(fact)))
 
     def report(self) -> Report:
-        """Return everything found so far, errors first, in the order of the table of rules."""
+        """Return everything found so far, errors first, in the order of the rules."""
         position = {name: number for number, name in enumerate(RULES)}
         findings = sorted(self._findings, key=lambda finding: position[finding.rule])
         return Report(
             in_order(findings), tuple(self._unchecked), self._num_rules, _facts(self.subject)
         )
 
-    def _ask(self, name: str, rule: Rule, check: Callable[[Subject], Iterable[Hit]]) -> None:
-        if self.in_run and rule.severity is Severity.NOTE:
-            return
-        with _warnings_of_ours() as logged:
-            try:
-                hits = list(check(self.subject))
-            except Exception as error:  # see the module's docstring
-                why = f"the check failed ({type(error).__name__}: {error})"
-                self._unchecked.append(Unchecked((name,), why))
-                logger.debug("rule %s", name, exc_info=True)
-                return
-        self._num_rules += 1
-        if self.in_run and rule.announced:
-            return
-        self._found(name, rule.severity, hits)
-        self._found(name, Severity.WARNING, map(Hit.from_message, logged))
 
-    def _found(self, name: str, severity: Severity, hits: Iterable[Hit]) -> None:
-        theme = RULES[name].theme
-        self._findings += [
-            Finding(name, theme, severity, hit.fact, hit.remedy, dict(hit.numbers)) for hit in hits
-        ]
-
-
-def _rules_of(stage: Stage) -> dict[str, Rule]:
-    return {name: rule for name, rule in RULES.items() if rule.stage is stage}
+def _rules_of(stage: Stage) -> list[Rule[..., Any]]:
+    return [rule for rule in RULES.values() if stage in rule.needs]
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
@@ -139,32 +146,3 @@ def _facts(subject: Subject) -> dict[str, Any]:
     facts["memory"] = None if found is None else found.as_json()
     facts["gpu_memory"] = memory.available(subject)
     return facts
-
-
-class _Collector(logging.Handler):
-    """Keeps warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextmanager
-def _warnings_of_ours(*, pass_on: bool = False) -> Iterator[list[str]]:
-    """Collect what our loggers would print meanwhile, or let them print; a check announces nothing.
-
-    Args:
-        pass_on: Let them print.
-    """
-    collector, handlers, propagates = _Collector(), _OURS.handlers[:], _OURS.propagate
-    if pass_on:
-        yield collector.messages
-        return
-    _OURS.handlers[:], _OURS.propagate = [collector], False
-    try:
-        yield collector.messages
-    finally:
-        _OURS.handlers[:], _OURS.propagate = handlers, propagates

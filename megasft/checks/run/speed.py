@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
-from megasft.checks.run.finding import Hit
+from megasft.checks.engine import Finding, Severity, rule
+from megasft.checks.run.subject import Stage, Subject
 from megasft.report.curves import FILE
 from megasft.report.devices import peak_tflops
 from megasft.training import row_order
 from megasft.training.report_arguments import log_folder
-
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
 
 ASSUMED_MFU: Final = 0.4
 """Model FLOPs utilization of a dense model on 8 to 64 GPUs that is set up well."""
@@ -95,8 +93,9 @@ def measured_rate(path: Path) -> Rate | None:
     return Rate(median(found), f"measured, {path}, {len(found)} steps") if found else None
 
 
-def duration(subject: Subject) -> Iterator[Hit]:
-    """Say what an epoch computes, and how long that takes if a speed is known."""
+@rule("duration", Severity.NOTE, Stage.MODEL, theme="speed")
+def duration(subject: Subject) -> Iterator[Finding]:
+    """What an epoch computes, and its hours."""
     args, work = subject.settled, work_of_epoch(subject)
     found = rate(subject, work)
     operations = (
@@ -105,7 +104,7 @@ def duration(subject: Subject) -> Iterator[Hit]:
     )
     numbers: dict[str, Any] = {"operations": work.operations, "tokens": work.tokens}
     if found is None:
-        yield Hit(
+        yield Finding(
             f"{operations}; how long that takes is not known here",
             "--tokens-per-second N, of one GPU, gives hours",
             numbers,
@@ -113,7 +112,7 @@ def duration(subject: Subject) -> Iterator[Hit]:
         return
     hours = work.tokens / found.tokens_per_second / args.world_size / 3600
     iterations = subject.data.train.plan.epoch_rows / args.global_batch_size
-    yield Hit(
+    yield Finding(
         f"an epoch takes {_time(hours)} on {args.world_size} ranks at "
         f"{found.tokens_per_second:,.0f} tokens/s each ({found.source}), an iteration "
         f"{3600 * hours / iterations:.3g} s; "

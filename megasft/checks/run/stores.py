@@ -13,19 +13,17 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
-from megasft.checks.run.finding import Hit
+from megasft.checks.engine import Finding, Severity, rule, step
+from megasft.checks.run.subject import Stage, Subject
 from megasft.data.tokenizer_folder import TOKENIZER_FILE
 from megasft.errors import FlagError, StoreError
 from megasft.store import FORMAT_VERSION, META, TokenStore, open_store
 from megasft.training import validation
 from megasft.training.arguments import MODEL_FILE
-
-if TYPE_CHECKING:
-    from megasft.checks.run.subject import Subject
 
 SIDE_FOLDER: Final = "hf"
 """Where the conversion keeps what of a Hugging Face folder is not weights."""
@@ -54,12 +52,13 @@ def store_paths(args: Any) -> list[str]:
     return list(dict.fromkeys(args.megasft_data or ()))
 
 
-def unreadable(subject: Subject) -> Iterator[Hit]:
-    """Find stores that are missing, half-written, damaged, or of another format version."""
+@rule("store", Severity.ERROR, Stage.FLAGS, theme="data")
+def unreadable(subject: Subject) -> Iterator[Finding]:
+    """A store is missing, half-written, damaged or of another version."""
     for path in store_paths(subject.args):
         version = _format_version(Path(path))
         if version is not None and version > FORMAT_VERSION:
-            yield Hit(
+            yield Finding(
                 f"{path} was built by a newer megasft: format version {version}, this one reads "
                 f"{FORMAT_VERSION}",
                 "update megasft, or build the store again with this one",
@@ -69,7 +68,10 @@ def unreadable(subject: Subject) -> Iterator[Hit]:
         try:
             open_store(path)
         except StoreError as error:
-            yield Hit.from_message(str(error))
+            yield Finding(str(error))
+
+
+ROWS = step("rows", Stage.OPEN, theme="data", meaning="rows cannot be made of the stores")
 
 
 def _format_version(path: Path) -> int | None:
@@ -79,8 +81,9 @@ def _format_version(path: Path) -> int | None:
         return None  # open_store says what is wrong
 
 
-def other_tokenizer(subject: Subject) -> Iterator[Hit]:
-    """Find stores that were not made with the tokenizer of the model."""
+@rule("tokenizer", Severity.ERROR, Stage.DATA, theme="data")
+def other_tokenizer(subject: Subject) -> Iterator[Finding]:
+    """A store was made with another tokenizer than the model's."""
     folder = model_folder(subject.args)
     model = tokenizer_of_model(folder) if folder else None
     if folder is None or model is None:
@@ -91,7 +94,7 @@ def other_tokenizer(subject: Subject) -> Iterator[Hit]:
             continue
         difference = _difference(ours.path, model.path)
         if difference:
-            yield Hit(
+            yield Finding(
                 f"{store.path} was made with another tokenizer than {folder} has ({difference}), "
                 "so its ids are other tokens to the model",
                 f"build the store again with --tokenizer {folder / SIDE_FOLDER}",
@@ -99,8 +102,9 @@ def other_tokenizer(subject: Subject) -> Iterator[Hit]:
             )
 
 
-def uncomparable_tokenizer(subject: Subject) -> Iterator[Hit]:
-    """Find stores whose tokenizer file differs from the model's and is not there to be compared."""
+@rule("tokenizer-moved", Severity.WARNING, Stage.DATA, theme="data")
+def uncomparable_tokenizer(subject: Subject) -> Iterator[Finding]:
+    """A store's tokenizer file differs and cannot be compared."""
     folder = model_folder(subject.args)
     model = tokenizer_of_model(folder) if folder else None
     for store in each_store(subject):
@@ -108,7 +112,7 @@ def uncomparable_tokenizer(subject: Subject) -> Iterator[Hit]:
         if ours.sha256 is None or model is None or ours.sha256 == model.sha256:
             continue
         if _difference(ours.path, model.path) is None:
-            yield Hit(
+            yield Finding(
                 f"{store.path} was made with a tokenizer file (sha256 {ours.sha256[:12]}) other "
                 f"than that in {folder} ({str(model.sha256)[:12]}), and the store's is not where "
                 "store.json says, so ids cannot be compared",
@@ -117,20 +121,22 @@ def uncomparable_tokenizer(subject: Subject) -> Iterator[Hit]:
             )
 
 
-def unknown_tokenizer(subject: Subject) -> Iterator[Hit]:
-    """Say where tokenizers could not be compared at all."""
+@rule("tokenizer-unknown", Severity.NOTE, Stage.DATA, theme="data")
+def unknown_tokenizer(subject: Subject) -> Iterator[Finding]:
+    """A tokenizer is not known."""
     if tokenizer_of_model(model_folder(subject.args)) is None:
-        yield Hit(
+        yield Finding(
             "the model's tokenizer is not known, so that of the stores cannot be compared with it",
             "start from --megasft-hf, whose folder keeps the tokenizer",
         )
     for store in each_store(subject):
         if tokenizer_of_store(store).sha256 is None:
-            yield Hit(f"{store.path} does not say which tokenizer made it", "build it again")
+            yield Finding(f"{store.path} does not say which tokenizer made it", "build it again")
 
 
-def unlike_validation(subject: Subject) -> Iterator[Hit]:
-    """Find validation stores of another tokenizer than the training stores."""
+@rule("validation-tokenizer", Severity.ERROR, Stage.DATA, theme="data")
+def unlike_validation(subject: Subject) -> Iterator[Finding]:
+    """A validation store was made with another tokenizer."""
     train = subject.data.train.store
     ours = tokenizer_of_store(train)
     if tokenizer_of_model(model_folder(subject.args)) is not None:
@@ -140,33 +146,51 @@ def unlike_validation(subject: Subject) -> Iterator[Hit]:
         if None in (ours.sha256, theirs.sha256) or ours.sha256 == theirs.sha256:
             continue
         if _difference(ours.path, theirs.path) != "":
-            yield Hit(
+            yield Finding(
                 f"validation store {name} ({planned.store.path}) was made with another tokenizer "
                 f"than {train.name}, so its loss means nothing",
                 "build both with one tokenizer",
             )
 
 
-def unlike_template(subject: Subject) -> Iterator[Hit]:
-    """Find validation stores rendered with another chat template than the training stores."""
+@rule("validation-template", Severity.WARNING, Stage.DATA, theme="data")
+def unlike_template(subject: Subject) -> Iterator[Finding]:
+    """A validation store was rendered with another chat template."""
     ours = _fact(subject.data.train.store, "chat_template_sha256")
     for name, planned in subject.data.valid.items():
         theirs = _fact(planned.store, "chat_template_sha256")
         if ours and theirs and ours != theirs:
-            yield Hit(
+            yield Finding(
                 f"validation store {name} was rendered with another chat template (sha256 "
                 f"{theirs[:12]}) than the training data ({ours[:12]})",
                 "build both with one template, unless the other format is what is tested",
             )
 
 
-def other_stop(subject: Subject) -> Iterator[Hit]:
-    """Find turns that end in a token at which generation with this model does not stop."""
+@rule("validation-trained", Severity.WARNING, Stage.DATA, theme="data")
+def same_data(subject: Subject) -> Iterator[Finding]:
+    """A validation store is trained on."""
+    args = subject.args
+    train = {Path(path).resolve() for path in args.megasft_data}
+    prints = {open_store(path).fingerprint for path in args.megasft_data}
+    for name, planned in subject.data.valid.items():
+        store = planned.store
+        if store.path.resolve() in train or store.fingerprint in prints:
+            yield Finding(
+                f"validation store {name} ({store.path}) is trained on, so its loss says nothing "
+                "about new data",
+                "hold some data out",
+            )
+
+
+@rule("stop-token", Severity.WARNING, Stage.DATA, theme="data")
+def other_stop(subject: Subject) -> Iterator[Finding]:
+    """Turns end where the model's generation does not stop."""
     folder = model_folder(subject.args)
     known = _stops(folder / SIDE_FOLDER) if folder else []
     trained = subject.data.train.store.meta.get("special_tokens", {}).get("end_of_turn") or []
     if known and trained and not set(known) & set(trained):
-        yield Hit(
+        yield Finding(
             f"turns of the training data end in token {_list(trained)}, and the model's "
             f"generation stops at {_list(known)} only",
             "name it in eos_token_id of generation_config.json when the model is exported",
@@ -174,19 +198,33 @@ def other_stop(subject: Subject) -> Iterator[Hit]:
         )
 
 
-def same_data(subject: Subject) -> Iterator[Hit]:
-    """Find validation data that is trained on."""
-    args = subject.args
-    train = {Path(path).resolve() for path in args.megasft_data}
-    prints = {open_store(path).fingerprint for path in args.megasft_data}
-    for name, planned in subject.data.valid.items():
-        store = planned.store
-        if store.path.resolve() in train or store.fingerprint in prints:
-            yield Hit(
-                f"validation store {name} ({store.path}) is trained on, so its loss says nothing "
-                "about new data",
-                "hold some data out",
-            )
+@rule("document-over-positions", Severity.WARNING, Stage.DATA, theme="data")
+def document_over_positions(subject: Subject) -> Iterator[Finding]:
+    """Documents are longer than the model was made for."""
+    most = model_positions(subject.args)
+    plan, lengths = subject.data.train.plan, subject.data.train.store.tokens.lengths
+    placed = lengths[plan.rows.samples]
+    if most is None or int(placed.max(initial=0)) <= most:
+        return
+    longer = int((placed > most).sum())
+    yield Finding(
+        f"{longer:,} documents are longer than the {most:,} positions the model was made for; the "
+        f"longest has {int(placed.max()):,} tokens",
+        "scale its rope in the Hugging Face config before converting (rope_parameters, yarn for "
+        "one), or build with --max-tokens",
+        {"documents": longer, "positions": most},
+    )
+
+
+def model_positions(args: Any) -> int | None:
+    """Return the longest text the model was made for, scaled rope counted; None if not known."""
+    folder = model_folder(args)
+    if folder is None:
+        return None
+    config = orjson.loads((folder / MODEL_FILE).read_bytes()).get("hf_config", {})
+    config = config.get("text_config") or config
+    found = config.get("max_position_embeddings")
+    return None if found is None else int(found)
 
 
 def model_folder(args: Any) -> Path | None:

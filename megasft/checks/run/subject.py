@@ -1,19 +1,85 @@
 """What rules look at: the flags, the machine, then the rows, then what Megatron makes of the flags.
 
-It fills up as the run starts (``run/start.py``), and a rule says which of it it needs
-(``rules.py``). Flags come in two states: as parsed, with what the user left out missing, and
-``settled``, a copy that went through Megatron's own validation, with every default derived. Rules
-on wrong flags read the first, because the second does not exist when a flag is wrong.
+It fills up as the run starts (``run/start.py``), and a rule says which stage it needs. Flags come
+in two states: as parsed, with what the user left out missing, and ``settled``, a copy that went
+through Megatron's own validation, with every default derived. Rules on wrong flags read the first,
+because the second does not exist when a flag is wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
-from megasft.checks.run.machine import Machine
 from megasft.packing.cost_window import CostWindow
 from megasft.training.datasets import RunData
+
+
+class Stage(StrEnum):
+    """What is known when a rule runs; stages follow each other in this order.
+
+    ``OPEN``, ``LENGTH`` and ``SETTLE`` hold steps, which make the next stage possible.
+    """
+
+    MACHINE = "machine"
+    FLAGS = "flags"
+    OPEN = "open"
+    DATA = "data"
+    LENGTH = "length"
+    SETTLE = "settle"
+    MODEL = "model"
+
+
+class Gpu(NamedTuple):
+    """A CUDA device.
+
+    Attributes:
+        name: As its driver gives it.
+        memory: All of it, in bytes.
+        capability: Compute capability, major and minor.
+    """
+
+    name: str
+    memory: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a process sees of its machine.
+
+    Attributes:
+        versions: Package to version; None where it is not installed. Python, CUDA and NCCL too.
+        gpus: Empty without CUDA.
+        num_cpus: Cores this process may use.
+        shm: Bytes of shared memory (``/dev/shm``).
+        open_files: How many files a process may have open; -1 without a limit.
+        locked_memory: Bytes a process may lock; -1 without a limit.
+        has_infiniband: Whether there is such a device.
+        environment: Environment variables.
+    """
+
+    versions: Mapping[str, str | None]
+    gpus: tuple[Gpu, ...]
+    num_cpus: int
+    shm: int
+    open_files: int
+    locked_memory: int
+    has_infiniband: bool
+    environment: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts, without the environment."""
+        return {
+            "versions": dict(self.versions),
+            "gpus": [gpu._asdict() for gpu in self.gpus],
+            "cpus": self.num_cpus,
+            "shared_memory": self.shm,
+            "open_files": self.open_files,
+            "locked_memory": self.locked_memory,
+        }
 
 
 @dataclass(frozen=True, slots=True)

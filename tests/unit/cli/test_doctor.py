@@ -109,7 +109,7 @@ def test_json_goes_to_stdout_alone_where_that_is_asked(megasft: Doctor, world: W
 
 
 def test_all_rules_can_be_listed(megasft: Doctor) -> None:
-    from megasft.checks.run.rules import RULES
+    from megasft.checks.run.run import RULES
 
     lines = megasft("doctor", "--list").out.splitlines()
     assert [line.split()[1] for line in lines] == list(RULES)

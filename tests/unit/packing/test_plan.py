@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def test_a_store_that_cannot_be_written_to_still_gives_a_plan(tmp_path: Path) ->
     plan = plan_rows(store, row_tokens=64, align_tokens=1, seed=0, cache=tmp_path / "file")
 
     assert len(plan.rows.samples) == 5
+    (warning,) = plan.warnings
+    assert re.fullmatch(r"row plan not cached \(.*file.*\); it will be computed again .*", warning)
+    assert plan_rows(store, row_tokens=64, align_tokens=1, seed=0).warnings == ()
 
 
 def test_sizes_that_make_no_rows_are_refused(tmp_path: Path) -> None:

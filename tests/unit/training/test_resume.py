@@ -82,6 +82,19 @@ def test_moments_of_the_distributed_optimizer_are_not_loaded_without_it(
     resume.check(flags(), PLAN)
 
 
+def test_moments_that_cannot_be_loaded_again_are_warned_of_while_they_can_be_saved_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(resume, "has", lambda _: False)
+    given = flags(load=None, use_distributed_optimizer=True, ckpt_step=None)
+    (warning,) = resume.check(SimpleNamespace(**vars(given), save="out"), PLAN)
+    assert "a run saved to out will not resume with its moments" in warning
+    assert resume.check(SimpleNamespace(**vars(given), save=None), PLAN) == []
+    (tmp_path / resume.TRACKER).write_text("12")
+    with pytest.raises(FlagError, match="drop the flag, or pass --no-load-optim"):
+        resume.check(SimpleNamespace(**(vars(given) | {"load": tmp_path}), save="out"), PLAN)
+
+
 def test_the_checkpoint_is_that_of_the_tracker_or_of_the_step_given(tmp_path: Path) -> None:
     def found(**more: Any) -> Path | None:
         return resume.find(SimpleNamespace(**({"load": tmp_path, "ckpt_step": None} | more)))

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from megasft import compat, pretrain_sft
-from megasft.checks.run import limits, machine
-from megasft.checks.run.rules import RULES
-from megasft.checks.run.subject import Subject, Wishes
+from megasft.checks.engine import Severity
+from megasft.checks.run import machine, rows
+from megasft.checks.run.run import RULES
+from megasft.checks.run.subject import Gpu, Subject, Wishes
 from megasft.errors import FlagError
 from megasft.run import start
-from megasft.severity import Severity
 from megasft.training import arguments
 from tests.other_writer import other_writer
 from tests.unit.checks.run.conftest import MODEL_FLAGS, World
@@ -98,7 +98,7 @@ class Wrong(NamedTuple):
 
 
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 64}
-HOPPERS = {"gpus": (machine.Gpu("H200", 141 * 10**9, (9, 0)),) * 2}
+HOPPERS = {"gpus": (Gpu("H200", 141 * 10**9, (9, 0)),) * 2}
 
 WRONG: dict[str, Wrong] = {
     "wrong tokenizer": Wrong(
@@ -310,7 +310,7 @@ def change_machine(wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
     if "free" in wrong.machine:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 4, 5))
     if "int32" in wrong.machine:
-        monkeypatch.setattr(limits, "INT32", wrong.machine["int32"])
+        monkeypatch.setattr(rows, "INT32", wrong.machine["int32"])
     if "megatron" in wrong.machine:
         monkeypatch.setattr(compat.metadata, "version", lambda _: wrong.machine["megatron"])
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from megasft.checks.run import attention, checkpoints, flags, limits, moe, rows
-from megasft.checks.run.finding import Hit
-from megasft.checks.run.machine import GIB, Gpu
-from megasft.checks.run.subject import Subject
+from megasft.checks.engine import Finding
+from megasft.checks.run import attention, checkpoints, flags, parallel, rows
+from megasft.checks.run.machine import GIB
+from megasft.checks.run.subject import Gpu, Subject
 
 GOOD: dict[str, Any] = {
     **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads"), 8),
@@ -64,15 +64,15 @@ def run_of(**changes: Any) -> Subject:
 
 RULES = (
     *(flags.missing, flags.contradicting, flags.dropout, flags.loss_scale, flags.random_weights),
-    *(flags.no_clipping, limits.row_over_positions, limits.too_many_units),
-    *(limits.too_many_logits, moe.needs_sequence_parallel, moe.gathers_everything),
-    *(moe.half_precision_router, moe.no_balancing, attention.slow_kernel),
-    *(attention.heads_to_exchange, attention.quadratic_memory, checkpoints.not_saved),
-    *(rows.many_epochs, rows.row_of_one, rows.short_shares, rows.whole_rows_together),
+    *(flags.no_clipping, parallel.row_over_positions, rows.too_many_units),
+    *(rows.too_many_logits, parallel.needs_sequence_parallel, parallel.gathers_everything),
+    *(parallel.half_precision_router, parallel.no_balancing, attention.slow_kernel),
+    *(parallel.heads_to_exchange, attention.quadratic_memory, checkpoints.not_saved),
+    *(rows.many_epochs, parallel.row_of_one, rows.short_shares, rows.whole_rows_together),
 )
 
 
-def fired(subject: Subject) -> list[Hit]:
+def fired(subject: Subject) -> list[Finding]:
     return [hit for rule in RULES for hit in rule(subject)]
 
 
@@ -150,8 +150,8 @@ def test_each_of_these_is_remarked_on(changes: dict[str, Any], message: str) -> 
 
 
 def test_a_run_over_the_models_positions_says_what_they_are_under_rope() -> None:
-    (rope,) = limits.row_over_positions(run_of(seq_length=8192))
-    (learned,) = limits.row_over_positions(
+    (rope,) = parallel.row_over_positions(run_of(seq_length=8192))
+    (learned,) = parallel.row_over_positions(
         run_of(seq_length=8192, position_embedding_type="learned_absolute")
     )
     assert rope.remedy.startswith("add --max-position-embeddings 8192")

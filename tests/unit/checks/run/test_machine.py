@@ -5,10 +5,10 @@ from typing import Any, Final, cast
 
 import pytest
 
+from megasft.checks.engine import Finding
 from megasft.checks.run import machine
-from megasft.checks.run.finding import Hit
-from megasft.checks.run.machine import GIB, Gpu, Machine
-from megasft.checks.run.subject import Subject
+from megasft.checks.run.machine import GIB
+from megasft.checks.run.subject import Gpu, Machine, Subject
 
 H100: Final = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, (9, 0))
 B200: Final = Gpu("NVIDIA B200", 180 * GIB, (10, 0))
@@ -47,7 +47,7 @@ RULES = (
 )
 
 
-def fired(subject: Subject) -> list[Hit]:
+def fired(subject: Subject) -> list[Finding]:
     return [hit for rule in RULES for hit in rule(subject)]
 
 
@@ -105,7 +105,7 @@ def test_what_hurts_is_one_hit_with_a_remedy(
 ) -> None:
     (hit,) = fired(run_on(where, **changes))
 
-    assert hit.remedy
+    assert hit.remedy and hit.remedy not in hit.fact
     assert re.search(message, hit.fact), hit.fact
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megasft.checks.run import checkpoints, memory, parameters
 from megasft.checks.run.memory import Estimate, Part
-from megasft.checks.run.parameters import Counts, Stage
+from megasft.checks.run.parameters import Counts, StageCounts
 from megasft.checks.run.subject import Subject
 
 HIDDEN = 64
@@ -85,9 +85,9 @@ PLAIN = SimpleNamespace(recompute_granularity=None, recompute_modules=None)
 def parts_of(args: Any, stage: int = 0, config: Any = PLAIN) -> dict[str, float]:
     layers = args.num_layers // args.pipeline_model_parallel_size
     held = (
-        Stage(Counts(1000, 0), layers, 0)
+        StageCounts(Counts(1000, 0), layers, 0)
         if not args.num_experts
-        else Stage(Counts(1000, 0), 0, layers)
+        else StageCounts(Counts(1000, 0), 0, layers)
     )
     found = memory.of_stage(args, config, held, stage)
     return {part.name: part.num_bytes for part in found.parts}

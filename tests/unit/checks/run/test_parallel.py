@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasft.checks.run import parallel
+from megasft.checks.run import flags, parallel
 from megasft.checks.run.subject import Subject
 
 
@@ -49,7 +49,7 @@ def run_of(**changes: Any) -> Subject:
 
 
 RULES = (
-    *(parallel.not_positive, parallel.world_size, parallel.expert_world_size, parallel.experts),
+    *(flags.not_positive, parallel.world_size, parallel.expert_world_size, parallel.experts),
     *(parallel.heads, parallel.head_groups, parallel.widths, parallel.layers),
     parallel.global_batch,
 )
@@ -124,7 +124,7 @@ def test_what_does_not_divide_is_one_message_with_the_sizes_that_do(
     changes: dict[str, Any], message: str
 ) -> None:
     subject = run_of(**changes)
-    rules = RULES if parallel.sizes_are_positive(subject.args) else RULES[:1]
+    rules = RULES if flags.sizes_are_positive(subject.args) else RULES[:1]
     found = [f"{hit.fact}; {hit.remedy}" for rule in rules for hit in rule(subject)]
 
     assert len(found) == 1

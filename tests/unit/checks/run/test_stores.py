@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
+from megasft.checks.engine import Finding
 from megasft.checks.run import stores
-from megasft.checks.run.finding import Hit
 from megasft.checks.run.subject import Subject
 from megasft.store import open_store
 from tests.unit.checks.run.conftest import World, convert, write_store
@@ -40,7 +40,7 @@ RULES = {
 }
 
 
-def fired(subject: Subject) -> dict[str, list[Hit]]:
+def fired(subject: Subject) -> dict[str, list[Finding]]:
     found = {name: list(rule(subject)) for name, rule in RULES.items()}
     return {name: hits for name, hits in found.items() if hits}
 
@@ -155,11 +155,10 @@ def test_stores_that_cannot_be_read_are_all_named(run_world: World) -> None:
 
     hits = list(stores.unreadable(cast(Subject, SimpleNamespace(args=args))))
 
-    assert [hit.remedy.split(",")[0] for hit in hits] == [
-        "update megasft",
-        "run `megasft build` again",
-        "make one with `megasft build`",
-    ]
+    remedies = ["update megasft", "run `megasft build` again", "make one with `megasft build`"]
+    assert len(hits) == len(remedies)
+    for hit, path, remedy in zip(hits, bad, remedies, strict=True):
+        assert hit.fact.startswith(path) and f"; {remedy}" in hit.message
 
 
 def run_world_sample(world: World) -> Any:
