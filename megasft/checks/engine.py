@@ -41,7 +41,8 @@ class Finding:
     """One thing that is wrong, or worth knowing.
 
     Attributes:
-        fact: What is so, with the numbers in it, in one sentence without its full stop.
+        fact: What is so, with the numbers in it, in one sentence without its full stop; what the
+            rule means where that says it all.
         remedy: What to do, a flag or an edit; empty where there is nothing to do.
         numbers: The numbers of the fact by name, for programs.
         rule: The stable name of what found it.
@@ -55,7 +56,7 @@ class Finding:
         sampled: It was looked for in a part of the samples only.
     """
 
-    fact: str
+    fact: str = ""
     remedy: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
     rule: str = ""
@@ -130,11 +131,13 @@ def rule[**P, R](
     severity: Severity,
     *needs: str,
     theme: str = "",
-    remedy: str = "",
     unit: str = "",
     announced: bool = False,
 ) -> Callable[[Callable[P, R]], Rule[P, R]]:
-    """Make a function a rule; what it means is the first paragraph of its docstring.
+    """Make a function a rule.
+
+    The first paragraph of its docstring is what it finds. One that begins with "Remedy: " is what
+    to do, where that is the same for all findings.
 
     Example:
         >>> @rule("two", Severity.NOTE)
@@ -146,24 +149,37 @@ def rule[**P, R](
     """
 
     def make(check: Callable[P, R]) -> Rule[P, R]:
-        meaning = _meaning(inspect.getdoc(check) or "")
+        meaning, remedy = _stated(inspect.getdoc(check) or "")
         return Rule(name, severity, needs, meaning, theme, check, remedy, unit, announced)
 
     return make
 
 
 def step(
-    name: str, needs: str, *, theme: str, meaning: str, severity: Severity = Severity.ERROR
+    name: str,
+    needs: str,
+    *,
+    meaning: str,
+    theme: str = "",
+    severity: Severity = Severity.ERROR,
+    remedy: str = "",
+    unit: str = "",
 ) -> Rule[..., Any]:
-    """Return the rule that names a step of a run's start; a step's refusal is its finding."""
-    return Rule(name, severity, (needs,), meaning, theme)
+    """Return a rule without a function: a step that takes place anyway, and that may refuse."""
+    return Rule(name, severity, (needs,), meaning, theme, None, remedy, unit)
 
 
-def _meaning(docstring: str) -> str:
-    """Return the first paragraph as it stands in a list: no capital but a name's, no full stop."""
-    text = " ".join(docstring.partition("\n\n")[0].split()).removesuffix(".")
-    rest = text.partition(" ")[0][1:]
-    return text if rest != rest.lower() else text[:1].lower() + text[1:]
+def _stated(docstring: str) -> tuple[str, str]:
+    """Return what a docstring says a rule finds, and its remedy.
+
+    What it finds is the first paragraph, without its full stop and without a capital but a name's.
+    """
+    meaning, *others = (" ".join(text.split()) for text in docstring.split("\n\n"))
+    rest = meaning.partition(" ")[0][1:]
+    if rest == rest.lower():
+        meaning = meaning[:1].lower() + meaning[1:]
+    remedies = [text.removeprefix("Remedy: ") for text in others if text.startswith("Remedy: ")]
+    return meaning.removesuffix("."), "".join(remedies)
 
 
 def rules_of(*modules: ModuleType) -> dict[str, Rule[..., Any]]:
@@ -178,8 +194,16 @@ def ask[**P](rule: Rule[P, Iterable[Finding]], *args: P.args, **kwargs: P.kwargs
 
 
 def named(rule: Rule[..., Any], found: Finding, severity: Severity | None = None) -> Finding:
-    """Return a finding with the name, theme and severity of its rule, or another severity."""
-    return replace(found, rule=rule.name, theme=rule.theme, severity=severity or rule.severity)
+    """Return a finding with what its rule says of all of them, or with another severity."""
+    return replace(
+        found,
+        rule=rule.name,
+        theme=rule.theme,
+        severity=severity or rule.severity,
+        unit=rule.unit,
+        fact=found.fact or rule.meaning,
+        remedy=found.remedy or rule.remedy,
+    )
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -26,8 +26,7 @@ from megasft.cli.record_options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megasft.checks.data.finding import Finding, Report
-    from megasft.severity import Unchecked
+    from megasft.checks.engine import Finding, Report, Unchecked
 
 
 def lint(
@@ -77,8 +76,7 @@ def lint(
     Exit code **0**: clean, or notes alone; **1**: errors (with `--strict`, warnings); **2**: wrong
     use.
     """
-    from megasft.checks.data.rules import RULES
-    from megasft.checks.data.run import LintOptions
+    from megasft.checks.data.run import RULES, LintOptions
     from megasft.data.formats import FieldMap
 
     console = new_console()
@@ -129,7 +127,7 @@ def _lint(paths: list[Path], options: Any) -> Report:
 def _print_rules(console: Console) -> None:
     from rich.text import Text
 
-    from megasft.checks.data.rules import RULES
+    from megasft.checks.data.run import RULES
 
     for name, rule in RULES.items():
         style = STYLES[rule.severity]
@@ -184,7 +182,7 @@ def _print_finding(console: Console, finding: Finding) -> None:
     lines = [("", head), ("remedy: ", finding.remedy)]
     lines += [("here: ", finding.detail)] if finding.detail else []
     lines += [("at: ", ", ".join(finding.examples))] if finding.examples else []
-    console.print(Text.assemble((finding.rule, style), ": ", finding.meaning), soft_wrap=True)
+    console.print(Text.assemble((finding.rule, style), ": ", finding.fact), soft_wrap=True)
     for name, text in lines:
         console.print(Text.assemble("  ", (name, "dim"), text), soft_wrap=True)
 

@@ -9,34 +9,69 @@ from __future__ import annotations
 
 import numpy as np
 
-from megasft.checks.data.blocks import Block, Bools, Ints
-from megasft.checks.data.vocabulary import Vocabulary, flags
+from megasft.checks.data.subject import Block, Bools, Ints, Needs, Vocabulary, flags
+from megasft.checks.engine import Severity, rule
 
 
+@rule("stop-not-trained", Severity.ERROR, Needs.IDS, unit="turns")
 def stop_not_trained(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns with a control token right behind them that should have been their last."""
+    """A control token ends the answer but is not trained: the model does not learn to stop.
+
+    Remedy: build the store again with megasft build, which trains it; or, in a template of your
+    own, put the stop token inside {% generation %}
+    """
     open_, behind = _without_stop(block, vocabulary)
     control = flags(vocabulary.is_control, _at(block, block.ends))
     return block.sample[open_ & behind & control]
 
 
-def turn_without_stop(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns that end in ordinary text with ordinary text behind."""
-    open_, behind = _without_stop(block, vocabulary)
-    control = flags(vocabulary.is_control, _at(block, block.ends))
-    return block.sample[open_ & behind & ~control]
+@rule("mask-all-zero", Severity.ERROR, Needs.IDS, unit="samples")
+def mask_all_zero(block: Block, vocabulary: Vocabulary) -> Ints:
+    """Nothing of the sample is trained: it costs time and teaches nothing.
+
+    Remedy: label at least one assistant message 1, or leave the record out
+    """
+    return np.flatnonzero(block.labels_of_samples() == 0)
 
 
-def answer_cut(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns that reach the end of their sample without a stop token."""
-    open_, behind = _without_stop(block, vocabulary)
-    return block.sample[open_ & ~behind]
+@rule("mask-all-one", Severity.ERROR, Needs.IDS, unit="samples")
+def mask_all_one(block: Block, vocabulary: Vocabulary) -> Ints:
+    """Everything is trained, the prompt too.
+
+    Remedy: build with --train-on all-turns; if everything is meant, --ignore mask-all-one
+    """
+    lengths = np.diff(block.offsets)
+    labels = block.labels_of_samples()
+    return np.flatnonzero((labels > 0) & (labels >= lengths - 1))
 
 
+@rule("turn-out-of-range", Severity.ERROR, Needs.IDS, unit="turns")
+def turn_out_of_range(block: Block, vocabulary: Vocabulary) -> Ints:
+    """A turn record is empty, overlaps the one before, or leaves its sample.
+
+    Remedy: the program that wrote the store is wrong; build it with megasft build
+    """
+    return block.unsound
+
+
+@rule("token-out-of-range", Severity.ERROR, Needs.IDS, unit="samples")
+def token_out_of_range(block: Block, vocabulary: Vocabulary) -> Ints:
+    """A token id is negative or not in the vocabulary.
+
+    Remedy: build the store with the tokenizer of the model
+    """
+    outside = (block.tokens < 0) | (block.tokens >= len(vocabulary.is_stop))
+    return _samples_at(block, np.flatnonzero(outside))
+
+
+@rule("stop-inside-turn", Severity.ERROR, Needs.IDS, unit="turns")
 def stop_inside_turn(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns that hold a control token before the one, or the several, that end them.
+    """A control token stands inside the answer: the model learns to stop and go on.
 
     Harmony's turns are several messages: an end right before the header of the turn is none.
+
+
+    Remedy: build with --special-tokens-in-text escape, or edit the text
     """
     control = flags(vocabulary.is_control, block.tokens)
     is_followed = np.concatenate([control[1:], np.zeros(min(len(control), 1), bool)])
@@ -45,52 +80,67 @@ def stop_inside_turn(block: Block, vocabulary: Vocabulary) -> Ints:
     return block.sample[inside & ~block.whole]
 
 
+@rule("empty-answer", Severity.WARNING, Needs.IDS, unit="turns")
 def empty_answer(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns of nothing but a stop token and white space."""
+    """The answer is nothing but white space and a stop token: the model learns to say nothing.
+
+    Remedy: remove the record, or label the message 0
+    """
     says_nothing = flags(vocabulary.is_blank | vocabulary.is_stop, block.tokens)
     is_empty = block.count_in_turns(says_nothing) == block.ends - block.starts
     return np.asarray(block.sample[is_empty], np.int64)
 
 
+@rule("answer-cut", Severity.WARNING, Needs.IDS, unit="turns")
+def answer_cut(block: Block, vocabulary: Vocabulary) -> Ints:
+    """The sample ends inside the answer, without a stop token.
+
+    Remedy: build with --too-long truncate-turns and a larger --max-tokens; if the template ends its
+    last turn without a stop token, use another (--chat-template FILE)
+    """
+    open_, behind = _without_stop(block, vocabulary)
+    return block.sample[open_ & ~behind]
+
+
+@rule("turn-without-stop", Severity.WARNING, Needs.IDS, unit="turns")
+def turn_without_stop(block: Block, vocabulary: Vocabulary) -> Ints:
+    """The answer ends without a stop token and ordinary text follows.
+
+    Remedy: use a chat template that ends each turn with a special token (--chat-template FILE)
+    """
+    open_, behind = _without_stop(block, vocabulary)
+    control = flags(vocabulary.is_control, _at(block, block.ends))
+    return block.sample[open_ & behind & ~control]
+
+
+@rule("leading-newline", Severity.WARNING, Needs.IDS, Needs.TOKENIZER, unit="turns")
 def leading_newline(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turns whose first trained token begins with a line end."""
+    """The answer begins with a line end: the model learns to print one first.
+
+    Remedy: strip the answers
+    """
     newline = flags(vocabulary.is_newline, _at(block, block.starts))
     return block.sample[newline & ~block.whole]
 
 
-def mask_all_zero(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return samples without a trained token."""
-    return np.flatnonzero(block.labels_of_samples() == 0)
-
-
-def mask_all_one(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return samples of which everything but the first token is trained."""
-    lengths = np.diff(block.offsets)
-    labels = block.labels_of_samples()
-    return np.flatnonzero((labels > 0) & (labels >= lengths - 1))
-
-
-def turn_out_of_range(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return turn records that are empty, overlap, or leave their sample."""
-    return block.unsound
-
-
-def token_out_of_range(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return samples that hold an id the vocabulary does not have."""
-    outside = (block.tokens < 0) | (block.tokens >= len(vocabulary.is_stop))
-    return _samples_at(block, np.flatnonzero(outside))
-
-
+@rule("bos-twice", Severity.WARNING, Needs.IDS, unit="samples")
 def bos_twice(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return samples that begin with two bos tokens."""
+    """The sample begins with two bos tokens: both the template and something else added one.
+
+    Remedy: remove bos_token from the chat template or from the text
+    """
     bos = vocabulary.special.get("bos", -1)
     has_two = np.flatnonzero(np.diff(block.offsets) >= 2)
     first = block.offsets[has_two]
     return np.asarray(has_two[(block.tokens[first] == bos) & (block.tokens[first + 1] == bos)])
 
 
+@rule("unknown-token", Severity.WARNING, Needs.IDS, Needs.TOKENIZER, unit="samples")
 def unknown_token(block: Block, vocabulary: Vocabulary) -> Ints:
-    """Return samples that hold the token for text the vocabulary cannot spell."""
+    """The vocabulary cannot spell part of the text: the unknown token stands for it.
+
+    Remedy: remove the characters, or use a tokenizer with byte fallback
+    """
     unknown = getattr(vocabulary.hf, "unk_token_id", None)
     if unknown is None or unknown in {*vocabulary.special.values(), *vocabulary.stops}:
         return np.zeros(0, np.int64)

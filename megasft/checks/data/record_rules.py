@@ -10,39 +10,38 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from megasft.checks.data.subject import Needs
 from megasft.checks.data.witness import Prompt, Witness
+from megasft.checks.engine import Severity, rule
 from megasft.data.conversation import REASONING_KEYS, Message
 
 _THINKING: Final = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.S)
 
 
-def render_differs(seen: Witness) -> int:
-    """Count samples whose tokens are not those of transformers' render."""
-    return int(not seen.same_tokens and not seen.spells_special)
-
-
-def prefix_unstable(seen: Witness) -> int:
-    """Count turns whose prompt is not how the whole render begins."""
-    return sum(not prompt.stable for prompt in seen.prompts)
-
-
+@rule("prompt-trained", Severity.ERROR, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
 def prompt_trained(seen: Witness) -> int:
-    """Count turns that reach into the prompt, or behind their message."""
+    """Tokens of the prompt, or of what follows the message, are trained as if they were answer.
+
+    Remedy: build the store again; if it stays, report the chat template
+    """
     return sum(prompt.trains_prompt for prompt in seen.prompts)
 
 
+@rule("answer-start-untrained", Severity.ERROR, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
 def answer_start_untrained(seen: Witness) -> int:
-    """Count turns that leave out the first token of what the model has to generate."""
+    """The first token the model has to generate after its prompt is not trained.
+
+    Remedy: build the store again; if it stays, report the chat template
+    """
     return sum(prompt.misses_start for prompt in seen.prompts)
 
 
-def glued_prompt(seen: Witness) -> int:
-    """Count turns whose prompt ends in other tokens at inference."""
-    return sum(prompt.glued for prompt in seen.prompts)
-
-
+@rule("not-assistant", Severity.ERROR, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
 def not_assistant(seen: Witness) -> int:
-    """Count turns that train a message of someone else."""
+    """The turn trains a message of the user, the system or a tool.
+
+    Remedy: build the store again, with the same --format and --*-key flags given to lint
+    """
     return sum(
         prompt.message >= len(seen.conversation.messages)
         or _message(seen, prompt).role != "assistant"
@@ -50,19 +49,30 @@ def not_assistant(seen: Witness) -> int:
     )
 
 
+@rule("render-differs", Severity.ERROR, Needs.RECORD, Needs.SAME_TOKENS, unit="samples")
+def render_differs(seen: Witness) -> int:
+    """The tokens are not those of transformers' apply_chat_template of the same conversation.
+
+    Remedy: build the store again with this tokenizer; give lint the --*-key flags of the build
+    """
+    return int(not seen.same_tokens and not seen.spells_special)
+
+
+@rule("special-token-in-text", Severity.ERROR, Needs.RECORD, unit="samples")
 def special_token_in_text(seen: Witness) -> int:
-    """Count samples in which an author's text became a control token."""
+    """A special token that an author wrote as text became a control token.
+
+    Remedy: build with --special-tokens-in-text escape, or reject
+    """
     return int(seen.num_foreign > 0)
 
 
-def thinking_lost(seen: Witness) -> int:
-    """Count answers to train whose thinking the template leaves out."""
-    trained = (message for message in seen.conversation.messages if message.trained)
-    return sum(bool(t := _thinking(message)) and t not in seen.render for message in trained)
-
-
+@rule("tool-calls", Severity.ERROR, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
 def tool_calls(seen: Witness) -> int:
-    """Count turns in which a tool call of their message is not trained."""
+    """A tool call of a trained message is not in what is trained.
+
+    Remedy: use a chat template that renders tool_calls (--chat-template FILE)
+    """
     num = 0
     for prompt in seen.prompts:
         names = (str(f.get("name", "")) for f in _functions(_message(seen, prompt)))
@@ -70,8 +80,56 @@ def tool_calls(seen: Witness) -> int:
     return num
 
 
+@rule("tool-arguments-untrained", Severity.ERROR, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
+def tool_arguments_untrained(seen: Witness) -> int:
+    """An argument of a tool call of a trained message is not in what is trained.
+
+    Remedy: build the store again; if it stays, report the chat template
+    """
+    num = 0
+    for prompt in seen.prompts:
+        texts = [t for f in _functions(_message(seen, prompt)) for t in _texts(f.get("arguments"))]
+        num += any(not _is_in(text, prompt.answer) for text in texts)
+    return num
+
+
+@rule("prefix-unstable", Severity.WARNING, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
+def prefix_unstable(seen: Witness) -> int:
+    """The prompt at inference (messages before the answer, with generation prompt) is not how the
+    whole render begins: the answer is trained behind a prompt the model never gets.
+
+    Remedy: see which part differs with `megasft trace --sample`; train such records with --train-on
+    last-turn, or use a template that renders history as it was generated
+    """  # noqa: D205
+    return sum(not prompt.stable for prompt in seen.prompts)
+
+
+@rule("glued-prompt", Severity.WARNING, Needs.RECORD, Needs.SAME_TOKENS, unit="turns")
+def glued_prompt(seen: Witness) -> int:
+    """The last tokens of the prompt glue to the answer: at inference they are other tokens.
+
+    Remedy: end the template's assistant header with a special token or a line end, not a blank
+    """
+    return sum(prompt.glued for prompt in seen.prompts)
+
+
+@rule("thinking-lost", Severity.WARNING, Needs.RECORD, unit="turns")
+def thinking_lost(seen: Witness) -> int:
+    """The message has thinking which the chat template leaves out of the render.
+
+    Remedy: cut the conversation behind that answer, so that it is the last turn; or choose with
+    --stripped-thinking mask, train or reject
+    """
+    trained = (message for message in seen.conversation.messages if message.trained)
+    return sum(bool(t := _thinking(message)) and t not in seen.render for message in trained)
+
+
+@rule("tool-arguments-twice", Severity.WARNING, Needs.RECORD, unit="samples")
 def tool_arguments_twice(seen: Witness) -> int:
-    """Count samples whose tool arguments are JSON in a JSON string once rendered."""
+    """The arguments of a tool call are rendered as JSON inside a JSON string.
+
+    Remedy: store `arguments` as an object, not as a string
+    """
     arguments = [
         f.get("arguments") for message in seen.conversation.messages for f in _functions(message)
     ]
@@ -83,17 +141,23 @@ def tool_arguments_twice(seen: Witness) -> int:
     )
 
 
-def tool_arguments_untrained(seen: Witness) -> int:
-    """Count turns that leave out an argument of a tool call of their message."""
-    num = 0
-    for prompt in seen.prompts:
-        texts = [t for f in _functions(_message(seen, prompt)) for t in _texts(f.get("arguments"))]
-        num += any(not _is_in(text, prompt.answer) for text in texts)
-    return num
+@rule("tools-not-declared", Severity.NOTE, Needs.RECORD, unit="samples")
+def tools_not_declared(seen: Witness) -> int:
+    """Tools are called which the conversation does not declare in `tools`.
+
+    Remedy: add `tools`, so that the model sees what it may call
+    """
+    calls = any(_functions(message) for message in seen.conversation.messages)
+    return int(calls and not seen.conversation.tools)
 
 
+@rule("nulls-padded", Severity.WARNING, Needs.RECORD, unit="samples")
 def nulls_padded(seen: Witness) -> int:
-    """Count samples whose tools or arguments hold nulls that a table put there."""
+    """Tools or arguments hold nulls that a table put there: each has the fields of all others.
+
+    Remedy: give the parquet or Arrow file itself to --input, where nulls are left out; or write the
+    JSON from the records it was made of, not through a table
+    """
     declared: dict[str, Any] = {}
     for tool in seen.conversation.tools or ():
         function = tool.get("function", tool)
@@ -110,12 +174,6 @@ def nulls_padded(seen: Witness) -> int:
             if any(value is None and key not in known for key, value in given):
                 return 1
     return 0
-
-
-def tools_not_declared(seen: Witness) -> int:
-    """Count samples that call tools the prompt does not declare."""
-    calls = any(_functions(message) for message in seen.conversation.messages)
-    return int(calls and not seen.conversation.tools)
 
 
 def _has_null_property(schema: Any) -> bool:

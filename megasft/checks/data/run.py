@@ -18,14 +18,28 @@ from typing import Any, Final
 
 import numpy as np
 
-from megasft.checks.data.blocks import blocks
-from megasft.checks.data.finding import MAX_EXAMPLES, Finding, Report, in_order
-from megasft.checks.data.rules import RULES, OnIds, OnRecord, OnStore, OnText, Rule
+from megasft.checks.data import id_rules, record_rules, store_rules, text_rules
 from megasft.checks.data.sources import SourceChangedError, conversations_of, keys_of_messages
-from megasft.checks.data.store_rules import Hits, Keys, Subject, keys_of_tokens
+from megasft.checks.data.subject import (
+    MAX_EXAMPLES,
+    Needs,
+    Subject,
+    blocks,
+    keys_of_tokens,
+    vocabulary_of,
+)
 from megasft.checks.data.text_rules import text_reader
-from megasft.checks.data.vocabulary import vocabulary_of
 from megasft.checks.data.witness import Transformers, UncheckableError, witness
+from megasft.checks.engine import (
+    Finding,
+    Report,
+    Rule,
+    Unchecked,
+    ask,
+    in_order,
+    named,
+    rules_of,
+)
 from megasft.data.build import BuildOptions, build
 from megasft.data.chat_template import ChatTemplate
 from megasft.data.conversation import BadRecordError
@@ -35,9 +49,10 @@ from megasft.data.tokenizer_folder import TokenizerFolder, open_folder
 from megasft.data.tool_calls import ArgumentForm
 from megasft.errors import DataError
 from megasft.schema import TURN_FIELDS
-from megasft.severity import Unchecked
 from megasft.store import TokenStore, open_store
 
+_DEFINED: Final = rules_of(store_rules, record_rules, id_rules, text_rules)
+RULES: Final = dict(sorted(_DEFINED.items(), key=lambda item: item[1].severity.rank))
 DEFAULT_SAMPLED: Final = 2_000
 _BROKEN_BY_EVERYTHING: Final = {"mask-all-one"}
 _BROKEN_BY_MASKS: Final = {
@@ -71,61 +86,75 @@ class LintOptions:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Hits of one rule: their number, and the first samples."""
+class _Hits:
+    """Hits of one rule, or of one reason of it: their number, the first places and detail."""
 
     count: int = 0
-    samples: list[int] = field(default_factory=list)
+    places: list[Any] = field(default_factory=list)
     detail: str = ""
-    population: int | None = None
 
-    def add(self, count: int, samples: Iterable[int]) -> None:
+    def add(self, count: int, places: Iterable[Any], detail: str = "") -> None:
         self.count += count
-        for sample in samples:
-            if len(self.samples) == MAX_EXAMPLES:
-                return
-            if sample not in self.samples:
-                self.samples.append(sample)
-
-
-@dataclass(slots=True)
-class _Rejections:
-    """Records rejected for one reason: their number, the first places, the first detail."""
-
-    count: int = 0
-    places: list[str] = field(default_factory=list)
-    detail: str = ""
-
-    def add(self, place: str, detail: str) -> None:
-        self.count += 1
         self.detail = self.detail or detail
-        if len(self.places) < MAX_EXAMPLES:
-            self.places.append(place)
+        for place in places:
+            if len(self.places) == MAX_EXAMPLES:
+                return
+            if place not in self.places:
+                self.places.append(place)
 
 
 @dataclass(slots=True)
 class _Run:
-    """One pass over one store."""
+    """One pass over one store.
+
+    Attributes:
+        counts: Samples, turns and tokens of the store.
+    """
 
     subject: Subject
     options: LintOptions
-    tallies: dict[str, _Tally] = field(default_factory=dict)
+    why_no_tokenizer: str
+    counts: dict[str, int]
+    findings: list[Finding] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
+    num_rules: int = 0
 
-    def rules(self, kind: type[Any]) -> dict[str, Rule]:
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.subject.vocabulary.hf is not None
+
+    def rules(self, kind: Needs) -> list[Rule[..., Any]]:
         """Return the rules of one kind that are to run."""
-        return {
-            name: rule
-            for name, rule in RULES.items()
-            if isinstance(rule.on, kind) and name not in self.options.ignored
-        }
+        rules = [rule for rule in RULES.values() if kind in rule.needs]
+        rules = [rule for rule in rules if rule.name not in self.options.ignored]
+        needing = [rule for rule in rules if Needs.TOKENIZER in rule.needs]
+        if not self.has_tokenizer:
+            self.skip(needing, self.why_no_tokenizer)
+            rules = [rule for rule in rules if rule not in needing]
+        return rules
 
-    def skip(self, names: Iterable[str], why: str) -> None:
-        if listed := tuple(names):
-            self.unchecked.append(Unchecked(listed, why))
+    def skip(self, rules: Iterable[Rule[..., Any] | str], why: str) -> None:
+        names = tuple(rule if isinstance(rule, str) else rule.name for rule in rules)
+        if names:
+            self.unchecked.append(Unchecked(names, why))
 
-    def tally(self, name: str) -> _Tally:
-        return self.tallies.setdefault(name, _Tally())
+    def count(self, hits: dict[Rule[..., Any], _Hits], looked_at: list[int] | None = None) -> None:
+        """Make findings of what was counted, in all samples or in some."""
+        self.num_rules += len(hits)
+        turns = self.subject.store.turns.lengths // len(TURN_FIELDS)
+        for rule, found in hits.items():
+            population = self.counts[rule.unit]
+            if looked_at is not None:
+                population = len(looked_at)
+                if rule.unit == "turns":
+                    population = int(turns[looked_at].sum())
+            finding = Finding(
+                count=found.count,
+                population=population,
+                examples=self.subject.places(found.places),
+                sampled=population < self.counts[rule.unit],
+            )
+            self.findings.append(named(rule, finding))
 
 
 def lint_store(store: TokenStore, options: LintOptions) -> Report:
@@ -161,11 +190,11 @@ def lint_files(files: tuple[Path, ...], options: LintOptions) -> Report:
         DataError: A file cannot be read, or there is no tokenizer.
     """
     assert options.tokenizer is not None, "files need a tokenizer"
-    rejections: dict[str, _Rejections] = {}
+    rejections: dict[str, _Hits] = {}
 
     def on_rejected(place: str, message: str) -> None:
         reason, _, detail = message.partition(": ")
-        rejections.setdefault(reason, _Rejections()).add(place, detail)
+        rejections.setdefault(reason, _Hits()).add(1, [place], detail)
 
     def on_bytes(num_bytes: int) -> None:
         if num_bytes < 0:  # the build begins again
@@ -186,7 +215,7 @@ def lint_files(files: tuple[Path, ...], options: LintOptions) -> Report:
     if "record-rejected" in options.ignored:
         return report
     total = report.counts["samples"] + sum(r.count for r in rejections.values())
-    found = [_rejected(reason, places, total) for reason, places in rejections.items()]
+    found = [_rejected(reason, hits, total) for reason, hits in rejections.items()]
     return replace(
         report, findings=in_order([*report.findings, *found]), num_rules=report.num_rules + 1
     )
@@ -195,7 +224,7 @@ def lint_files(files: tuple[Path, ...], options: LintOptions) -> Report:
 def _lint_built(store: TokenStore, options: LintOptions, name: str) -> Report:
     folder, why = _tokenizer_of(store, options.tokenizer)
     assert folder is not None, "the store was built with it a moment ago"
-    keys: Keys = keys_of_messages(store, options.fields)
+    keys = keys_of_messages(store, options.fields)
     subject = Subject(store, vocabulary_of(store, folder.hf), keys)
     report = _lint(subject, _as_built(store, options), name, why)
     # record-rejected and thinking-lost say it with places.
@@ -205,76 +234,65 @@ def _lint_built(store: TokenStore, options: LintOptions, name: str) -> Report:
 
 def _nothing_left(name: str) -> Report:
     checked = Unchecked(tuple(n for n in RULES if n != "record-rejected"), "no sample is left")
-    return Report(name, (), (checked,), 0, dict.fromkeys(("samples", "turns", "tokens"), 0))
+    counts = dict.fromkeys(("samples", "turns", "tokens"), 0)
+    return Report((), (checked,), subject=name, counts=counts)
 
 
-def _rejected(reason: str, rejections: _Rejections, total: int) -> Finding:
-    rule = RULES["record-rejected"]
-    return Finding(
-        "record-rejected", rule.severity, rejections.count, total, rule.unit,
-        tuple(rejections.places), f"{rule.meaning}: {reason}", rule.remedy,
-        f"{rejections.places[0]}: {rejections.detail}",
-    )  # fmt: skip
+def _rejected(reason: str, hits: _Hits, total: int) -> Finding:
+    finding = Finding(
+        f"{store_rules.RECORD_REJECTED.meaning}: {reason}",
+        count=hits.count,
+        population=total,
+        examples=tuple(hits.places),
+        detail=f"{hits.places[0]}: {hits.detail}",
+    )
+    return named(store_rules.RECORD_REJECTED, finding)
 
 
 def _lint(subject: Subject, options: LintOptions, name: str, why_no_tokenizer: str) -> Report:
-    run = _Run(subject, options)
-    _check_ids(run, why_no_tokenizer)
-    _check_store(run, why_no_tokenizer)
+    run = _Run(subject, options, why_no_tokenizer, subject.counts)
+    _check_ids(run)
+    for rule in run.rules(Needs.STORE):
+        run.num_rules += 1
+        run.findings += ask(rule, subject)
     indices = _sampled(len(subject.store), options.num_sampled)
-    if subject.vocabulary.hf is None:
-        run.skip([*run.rules(OnText), *run.rules(OnRecord)], why_no_tokenizer)
-    else:
+    if run.has_tokenizer:
         _check_texts(run, indices)
         _check_records(run, indices)
+    else:
+        run.skip([*run.rules(Needs.TEXT), *run.rules(Needs.RECORD)], why_no_tokenizer)
     run.skip(sorted(options.ignored - options.expected), "--ignore")
     run.skip(
         sorted(options.expected),
         "the store was built with --train-on everything, --mask-*, or of pretraining texts",
     )
-    counts = {
-        "samples": len(subject.store),
-        "turns": int(subject.store.turns.offsets[-1]) // len(TURN_FIELDS),
-        "tokens": int(subject.store.tokens.lengths.sum(dtype=np.int64)),
-        "sampled": len(indices) if subject.vocabulary.hf is not None else 0,
-    }
-    found = [_finding(run, rule, tally, counts) for rule, tally in run.tallies.items()]
-    findings = in_order(f for f in found if f.count)
-    return Report(name, findings, tuple(run.unchecked), len(run.tallies), counts)
+    findings = in_order(finding for finding in run.findings if finding.count)
+    counts = run.counts | {"sampled": len(indices) if run.has_tokenizer else 0}
+    return Report(findings, tuple(run.unchecked), run.num_rules, subject=name, counts=counts)
 
 
-def _check_ids(run: _Run, why_no_tokenizer: str) -> None:
-    rules = _runnable(run, OnIds, why_no_tokenizer)
+def _check_ids(run: _Run) -> None:
+    hits = {rule: _Hits() for rule in run.rules(Needs.IDS)}
     for block in blocks(run.subject.store):
-        for name, rule in rules.items():
-            assert isinstance(rule.on, OnIds)
-            hits = rule.on.check(block, run.subject.vocabulary)
-            run.tally(name).add(len(hits), (hits + block.first).tolist())
-
-
-def _check_store(run: _Run, why_no_tokenizer: str) -> None:
-    for name, rule in _runnable(run, OnStore, why_no_tokenizer).items():
-        assert isinstance(rule.on, OnStore)
-        hits: Hits = rule.on.check(run.subject)
-        tally = run.tally(name)
-        tally.add(hits.num, hits.samples)
-        tally.detail, tally.population = hits.detail, hits.population
+        for rule, found in hits.items():
+            samples = rule(block, run.subject.vocabulary)
+            found.add(len(samples), (samples + block.first).tolist())
+    run.count(hits)
 
 
 def _check_texts(run: _Run, indices: list[int]) -> None:
     read = text_reader(run.subject.store, run.subject.vocabulary)
-    rules = run.rules(OnText)
-    for index in indices if rules else ():
+    hits = {rule: _Hits() for rule in run.rules(Needs.TEXT)}
+    for index in indices if hits else ():
         texts = read(index)
-        for name, rule in rules.items():
-            assert isinstance(rule.on, OnText)
-            hits = rule.on.check(texts)
-            run.tally(name).add(hits, [index] if hits else [])
-    _set_populations(run, rules, indices)
+        for rule, found in hits.items():
+            num = rule(texts)
+            found.add(num, [index] if num else [])
+    run.count(hits, indices)
 
 
 def _check_records(run: _Run, indices: list[int]) -> None:
-    store, rules = run.subject.store, run.rules(OnRecord)
+    store, rules = run.subject.store, run.rules(Needs.RECORD)
     facts = store.meta.get("tokenizer", {})
     template, date = facts.get("chat_template", ""), facts.get("template_date")
     transformers = Transformers(run.subject.vocabulary.hf, template, _date(date))
@@ -289,7 +307,7 @@ def _check_records(run: _Run, indices: list[int]) -> None:
     refused: Counter[str] = Counter()
     source = template or transformers.hf.get_chat_template(tools=[{}])
     forms = ArgumentForm(ChatTemplate(source, transformers.hf.special_tokens_map))
-    witnessed, num_spelled = [], 0
+    witnessed, num_spelled, hits = [], 0, {rule: _Hits() for rule in rules}
     for index, conversation in sorted(conversations.items()):
         if not isinstance(conversation, BadRecordError) and conversation.is_text:
             continue  # no chat template has seen it
@@ -303,51 +321,24 @@ def _check_records(run: _Run, indices: list[int]) -> None:
             continue
         witnessed.append(index)
         num_spelled += seen.spells_special and not seen.same_tokens
-        for name, rule in rules.items():
-            assert isinstance(rule.on, OnRecord)
-            hits = rule.on.check(seen)
-            run.tally(name).add(hits, [index] if hits else [])
-    _set_populations(run, rules, witnessed)
+        for rule, found in hits.items():
+            num = rule(seen)
+            found.add(num, [index] if num else [])
+    run.count(hits, witnessed)
     _skip_records(run, rules, refused, num_spelled)
 
 
 def _skip_records(
-    run: _Run, rules: dict[str, Rule], refused: Counter[str], num_spelled: int
+    run: _Run, rules: list[Rule[..., Any]], refused: Counter[str], num_spelled: int
 ) -> None:
     for why, num in refused.most_common(3):
         run.skip(rules, f"on {num:,} of the conversations looked at: {why}")
     if num_spelled:
         run.skip(
-            (name for name, rule in rules.items() if getattr(rule.on, "needs_same_tokens", False)),
+            (rule for rule in rules if Needs.SAME_TOKENS in rule.needs),
             f"on {num_spelled:,} of the conversations looked at: they spell a special token, which "
             "transformers would make a control token",
         )
-
-
-def _set_populations(run: _Run, rules: dict[str, Rule], indices: list[int]) -> None:
-    num_turns = sum(len(run.subject.store.sample(i).turns) for i in indices)
-    for name, rule in rules.items():
-        run.tally(name).population = num_turns if rule.unit == "turns" else len(indices)
-
-
-def _runnable(run: _Run, kind: type[OnIds | OnStore], why: str) -> dict[str, Rule]:
-    rules = run.rules(kind)
-    if run.subject.vocabulary.hf is None:
-        needing = [n for n, r in rules.items() if getattr(r.on, "needs_tokenizer", False)]
-        run.skip(needing, why)
-        rules = {name: rule for name, rule in rules.items() if name not in needing}
-    return rules
-
-
-def _finding(run: _Run, name: str, tally: _Tally, counts: dict[str, int]) -> Finding:
-    rule = RULES[name]
-    population = counts.get(rule.unit, 0) if tally.population is None else tally.population
-    sampled = isinstance(rule.on, OnText | OnRecord) and population < counts.get(rule.unit, 0)
-    return Finding(
-        name, rule.severity, tally.count, population, rule.unit,
-        tuple(run.subject.store.source_line(i) for i in tally.samples),
-        rule.meaning, rule.remedy, tally.detail, sampled,
-    )  # fmt: skip
 
 
 def _sampled(num_samples: int, wanted: int) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megasft.checks.data.store_rules import Keys
+from megasft.checks.data.subject import Keys
 from megasft.data.conversation import BadRecordError, Conversation
 from megasft.data.formats import FieldMap, parse
 from megasft.data.held_out import key_of

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from megasft.checks.data.blocks import Block, Ints, blocks
-from megasft.checks.data.vocabulary import Vocabulary, flags
+from megasft.checks.data.subject import MAX_EXAMPLES, Needs, Subject, blocks, flags
+from megasft.checks.engine import Finding, Severity, rule, step
 from megasft.data import unread_keys
-from megasft.schema import TURN_FIELDS
-from megasft.store import TokenStore
-
-Keys = npt.NDArray[np.uint64]
 
 VERY_LONG: Final = 16
 """A sample is very long from this many medians on, ..."""
 VERY_LONG_TOKENS: Final = 4096
 """... and never below this."""
-
-
-class Hits(NamedTuple):
-    """What a whole-store rule found.
-
-    Attributes:
-        num: How often it fired.
-        samples: Some samples it fired on; may be fewer than ``num``.
-        detail: What is special about this case.
-        population: Out of how many, where that is neither samples nor turns.
-    """
-
-    num: int
-    samples: list[int]
-    detail: str = ""
-    population: int | None = None
-
-
-class Subject(NamedTuple):
-    """A store and what is known about it.
-
-    Attributes:
-        store: The store.
-        vocabulary: Its token ids.
-        keys: uint64 [S]. Equal for samples that count as one conversation.
-    """
-
-    store: TokenStore
-    vocabulary: Vocabulary
-    keys: Keys
-
-
-NOTHING: Final = Hits(0, [])
 
 _LEFT_OUT: Final = {
     "dropped": "dropped as too long",
@@ -61,130 +24,168 @@ _LEFT_OUT: Final = {
 """Counts of store.json to what they mean."""
 
 
-def keys_of_tokens(store: TokenStore) -> Keys:
-    """Hash the token ids of each sample: Σ over positions of a random number times (id + 1).
+RECORD_REJECTED: Final = step(
+    "record-rejected",
+    Needs.BUILD,
+    unit="records",
+    meaning="the record cannot become a sample",
+    remedy="mend the record, or build with --skip-bad to go on without it",
+)
 
-    Two of a million different samples collide with a chance below 1e-6. Costs 8 bytes a sample.
+
+@rule("never-stops", Severity.ERROR, Needs.STORE, unit="turns")
+def never_stops(subject: Subject) -> Iterator[Finding]:
+    """No turn of the whole store trains a stop token: the model will never end an answer.
+
+    Remedy: use a chat template that ends a turn with the eos token (--chat-template FILE)
     """
-    longest = int(store.tokens.lengths.max()) if len(store) else 0
-    weights = np.random.default_rng(0).integers(0, 2**64, longest, np.uint64)
-    keys = np.zeros(len(store), np.uint64)
-    for block in blocks(store):
-        keys[block.first : block.first + block.num_samples] = _keys(block, weights)
-    return keys
-
-
-def _keys(block: Block, weights: Keys) -> Keys:
-    lengths = np.diff(block.offsets)
-    position = np.arange(len(block.tokens)) - np.repeat(block.offsets[:-1], lengths)
-    terms = weights[position] * (block.tokens.astype(np.uint64) + np.uint64(1))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
-    return np.asarray(sums[block.offsets[1:]] - sums[block.offsets[:-1]], np.uint64)
-
-
-def duplicate_conversation(subject: Subject) -> Hits:
-    """Count samples that repeat an earlier one."""
-    _, first, group = np.unique(subject.keys, return_index=True, return_inverse=True)
-    repeats = np.flatnonzero(first[group] != np.arange(len(subject.keys)))
-    if not len(repeats):
-        return NOTHING
-    one = int(repeats[0])
-    places = subject.store.source_line(one), subject.store.source_line(int(first[group[one]]))
-    most = int(np.bincount(group).max())
-    detail = f"{places[0]} repeats {places[1]}; the most frequent one is there {most:,} times"
-    return Hits(len(repeats), repeats[:100].tolist(), detail)
-
-
-def never_stops(subject: Subject) -> Hits:
-    """Fire when no turn of the whole store trains a stop token."""
     num_turns = 0
     samples: list[int] = []
     for block in blocks(subject.store):
         stop = flags(subject.vocabulary.is_stop, block.tokens)
         if (block.count_in_turns(stop) > 0).any():
-            return NOTHING
+            return
         num_turns += len(block.starts)
         samples += (block.first + block.sample[:5]).tolist()[: 5 - len(samples)]
-    return Hits(num_turns, samples)
+    population = subject.counts["turns"]
+    yield Finding(count=num_turns, population=population, examples=subject.places(samples))
 
 
-def pad_is_eos(subject: Subject) -> Hits:
-    """Fire when padding and the end of a text are the same id."""
-    special = subject.vocabulary.special
-    if "pad" not in special or special["pad"] != special.get("eos"):
-        return NOTHING
-    return Hits(1, [], f"both are id {special['pad']}", population=1)
+@rule("unread-meaning", Severity.ERROR, Needs.STORE, unit="records")
+def unread_meaning(subject: Subject) -> Iterator[Finding]:
+    """A key that sounds like a label, a prompt or a picture is not read.
+
+    Remedy: rename it to a key that is read (megasft/data/README.md lists them), or remove it; if it
+    means something else, --ignore unread-meaning
+    """
+    yield from _unread(subject, meant=True)
 
 
-def stop_not_eos(subject: Subject) -> Hits:
-    """Fire when turns end in tokens at which generation does not stop by itself."""
+@rule("border-token", Severity.WARNING, Needs.STORE, unit="tokens")
+def border_token(subject: Subject) -> Iterator[Finding]:
+    """Tokens lie half in an answer and are not trained: the first word of it is lost.
+
+    Remedy: end the template's assistant header with a special token or a line end, not a blank
+    """
+    count = int(subject.store.meta.get("counts", {}).get("border_tokens", 0))
+    yield Finding(count=count, population=subject.counts["turns"])
+
+
+@rule("duplicate-conversation", Severity.WARNING, Needs.STORE, unit="samples")
+def duplicate_conversation(subject: Subject) -> Iterator[Finding]:
+    """The conversation is there before: it is trained several times an epoch.
+
+    Remedy: remove the repeats; to repeat on purpose, weight the source in a mixture
+    """
+    _, first, group = np.unique(subject.keys, return_index=True, return_inverse=True)
+    repeats = np.flatnonzero(first[group] != np.arange(len(subject.keys)))
+    if not len(repeats):
+        return
+    one = int(repeats[0])
+    places = subject.store.source_line(one), subject.store.source_line(int(first[group[one]]))
+    most = int(np.bincount(group).max())
+    detail = f"{places[0]} repeats {places[1]}; the most frequent one is there {most:,} times"
+    yield Finding(
+        count=len(repeats),
+        population=len(subject.store),
+        examples=subject.places(repeats[:100].tolist()),
+        detail=detail,
+    )
+
+
+@rule("longer-than-model", Severity.WARNING, Needs.STORE, Needs.TOKENIZER, unit="samples")
+def longer_than_model(subject: Subject) -> Iterator[Finding]:
+    """The sample is longer than the tokenizer's model_max_length.
+
+    Remedy: build with --max-tokens N
+    """
+    limit = getattr(subject.vocabulary.hf, "model_max_length", None)
+    if limit is None or limit > 2**31:  # transformers' way to say that it does not know
+        return
+    yield from _longer_than(subject, int(limit))
+
+
+@rule("stop-not-eos", Severity.NOTE, Needs.STORE, unit="tokens")
+def stop_not_eos(subject: Subject) -> Iterator[Finding]:
+    """Turns end in a token that is not the tokenizer's eos: generation may not stop there.
+
+    Remedy: name it in eos_token_id of generation_config.json
+    """
     special = subject.store.meta.get("special_tokens", {})
     others = sorted(set(special.get("end_of_turn", ())) - {special.get("eos")})
     if not others:
-        return NOTHING
+        return
     hf = subject.vocabulary.hf
     names = ", ".join(f"{i} {hf.convert_ids_to_tokens(i)}" if hf else str(i) for i in others)
-    return Hits(len(others), [], f"ends of turns: {names}; eos: {special.get('eos')}", len(others))
+    detail = f"ends of turns: {names}; eos: {special.get('eos')}"
+    yield Finding(count=len(others), population=len(others), detail=detail)
 
 
-def very_long(subject: Subject) -> Hits:
-    """Count samples far longer than the usual one."""
+@rule("pad-is-eos", Severity.NOTE, Needs.STORE, unit="stores")
+def pad_is_eos(subject: Subject) -> Iterator[Finding]:
+    """Pad and eos are the same id; megasft masks by position, so the eos is trained.
+
+    Remedy: nothing to do here; trainers that mask the pad id would never train the eos
+    """
+    special = subject.vocabulary.special
+    if "pad" in special and special["pad"] == special.get("eos"):
+        yield Finding(count=1, population=1, detail=f"both are id {special['pad']}")
+
+
+@rule("very-long", Severity.NOTE, Needs.STORE, unit="samples")
+def very_long(subject: Subject) -> Iterator[Finding]:
+    """The sample is at least 16 times as long as the median one.
+
+    Remedy: look at it with `megasft inspect STORE --sample N`; build with --max-tokens N
+    """
     lengths = subject.store.tokens.lengths
     limit = max(VERY_LONG_TOKENS, VERY_LONG * int(np.median(lengths))) if len(lengths) else 0
-    return _longer_than(lengths, limit)
+    yield from _longer_than(subject, limit)
 
 
-def longer_than_model(subject: Subject) -> Hits:
-    """Count samples longer than the tokenizer says its model reads."""
-    limit = getattr(subject.vocabulary.hf, "model_max_length", None)
-    if limit is None or limit > 2**31:  # transformers' way to say that it does not know
-        return NOTHING
-    return _longer_than(subject.store.tokens.lengths, int(limit))
+@rule("unread-key", Severity.NOTE, Needs.STORE, unit="records")
+def unread_key(subject: Subject) -> Iterator[Finding]:
+    """A key is not read by megasft, nor by the chat template.
+
+    Remedy: nothing, if it is an id or a score; else rename it to a key that is read
+    """
+    yield from _unread(subject, meant=False)
 
 
-def border_token(subject: Subject) -> Hits:
-    """Report the tokens that the build found half inside an answer."""
-    counts = subject.store.meta.get("counts", {})
-    return Hits(int(counts.get("border_tokens", 0)), [], population=int(_num_turns(subject)))
+@rule("left-out", Severity.NOTE, Needs.STORE, unit="records")
+def left_out(subject: Subject) -> Iterator[Finding]:
+    """The build left records out, or changed them, and counted why in store.json.
 
-
-def left_out(subject: Subject) -> Hits:
-    """Report what the build left out or changed, by reason."""
+    Remedy: see the list beside the store, STORE.rejected.jsonl
+    """
     counts = subject.store.meta.get("counts", {})
     reasons = {f"rejected: {reason}": int(n) for reason, n in counts.get("rejected", {}).items()}
     reasons |= {name: int(counts.get(key, 0)) for key, name in _LEFT_OUT.items()}
     detail = "; ".join(f"{num:,} x {reason}" for reason, num in reasons.items() if num)
-    return Hits(sum(reasons.values()), [], detail, int(counts.get("conversations", 0)))
+    population = int(counts.get("conversations", 0))
+    yield Finding(count=sum(reasons.values()), population=population, detail=detail)
 
 
-def unread_key(subject: Subject) -> Hits:
-    """Report the keys of records and messages that nobody reads."""
-    return _unread(subject, meant=False)
-
-
-def unread_meaning(subject: Subject) -> Hits:
-    """Report those that sound like a label, a prompt or a picture."""
-    return _unread(subject, meant=True)
-
-
-def _unread(subject: Subject, *, meant: bool) -> Hits:
+def _unread(subject: Subject, *, meant: bool) -> Iterator[Finding]:
     meta = subject.store.meta
     found = [
         key for key in meta.get("unread_keys", []) if unread_keys.sounds_meant(key["key"]) is meant
     ]
     detail = "; ".join(unread_keys.lines_of(found))
     num_records = max((key["num_records"] for key in found), default=0)
-    return Hits(num_records, [], detail, int(meta.get("counts", {}).get("conversations", 0)))
+    population = int(meta.get("counts", {}).get("conversations", 0))
+    yield Finding(count=num_records, population=population, detail=detail)
 
 
-def _longer_than(lengths: npt.NDArray[np.integer[Any]], limit: int) -> Hits:
-    found: Ints = np.flatnonzero(lengths > limit)
+def _longer_than(subject: Subject, limit: int) -> Iterator[Finding]:
+    lengths = subject.store.tokens.lengths
+    found = np.flatnonzero(lengths > limit)
     if not len(found):
-        return NOTHING
-    longest = found[np.argsort(-lengths[found], kind="stable")][:5]
-    detail = f"longer than {limit:,} tokens; the longest has {int(lengths.max()):,}"
-    return Hits(len(found), longest.tolist(), detail)
-
-
-def _num_turns(subject: Subject) -> int:
-    return int(subject.store.turns.offsets[-1]) // len(TURN_FIELDS)
+        return
+    longest = found[np.argsort(-lengths[found], kind="stable")]
+    yield Finding(
+        count=len(found),
+        population=len(lengths),
+        examples=subject.places(longest[:MAX_EXAMPLES].tolist()),
+        detail=f"longer than {limit:,} tokens; the longest has {int(lengths.max()):,}",
+    )

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from megasft.checks.data.vocabulary import Vocabulary, special_texts
+from megasft.checks.data.subject import Needs, Vocabulary, special_texts
+from megasft.checks.engine import Severity, rule
 from megasft.store import TokenStore
 
 _OPENS: Final = re.compile(r"<think(?:ing)?>|\[THINK\]")
@@ -47,33 +48,57 @@ def text_reader(store: TokenStore, vocabulary: Vocabulary) -> Callable[[int], Te
     return texts_of
 
 
-def thinking_kept(texts: Texts) -> int:
-    """Count answers that train thinking."""
-    return sum(bool(_OPENS.search(_EMPTY.sub("", answer))) for answer in texts.answers)
-
-
+@rule("empty-thinking-trained", Severity.WARNING, Needs.TEXT, unit="turns")
 def empty_thinking_trained(texts: Texts) -> int:
-    """Count answers that train an empty think block."""
+    """An empty think block is trained: the model learns to think nothing.
+
+    Remedy: remove it from the answers; what the template inserts is not trained by megasft build
+    """
     return sum(bool(_EMPTY.search(answer)) for answer in texts.answers)
 
 
+@rule("thinking-not-closed", Severity.WARNING, Needs.TEXT, unit="turns")
 def thinking_not_closed(texts: Texts) -> int:
-    """Count answers that begin to think and do not end it."""
+    """The answer begins to think and never ends it.
+
+    Remedy: remove the record: its answer was probably cut off
+    """
     return sum(
         len(_OPENS.findall(answer)) > len(_CLOSES.findall(answer)) for answer in texts.answers
     )
 
 
-def special_token_as_text(texts: Texts) -> int:
-    """Count samples that spell a special token in ordinary tokens."""
-    return int(any(texts.whole.count(text) > n for text, n in texts.special_counts.items()))
-
-
+@rule("broken-text", Severity.WARNING, Needs.TEXT, unit="turns")
 def broken_text(texts: Texts) -> int:
-    """Count answers that hold the sign for bytes nobody could read."""
+    """The answer holds U+FFFD, the sign for bytes that could not be read.
+
+    Remedy: read the original file again with its true encoding
+    """
     return sum("\N{REPLACEMENT CHARACTER}" in answer for answer in texts.answers)
 
 
+@rule("speaker-in-answer", Severity.NOTE, Needs.TEXT, unit="turns")
 def speaker_in_answer(texts: Texts) -> int:
-    """Count answers in which the next speaker begins a line."""
+    """A line of the answer begins with the name of a speaker, as where two turns ran together.
+
+    Remedy: split the message into turns
+    """
     return sum(bool(_SPEAKER.search(answer)) for answer in texts.answers)
+
+
+@rule("special-token-as-text", Severity.NOTE, Needs.TEXT, unit="samples")
+def special_token_as_text(texts: Texts) -> int:
+    """The text spells a special token, in ordinary tokens, as it should be.
+
+    Remedy: nothing to do
+    """
+    return int(any(texts.whole.count(text) > n for text, n in texts.special_counts.items()))
+
+
+@rule("thinking-kept", Severity.NOTE, Needs.TEXT, unit="turns")
+def thinking_kept(texts: Texts) -> int:
+    """The answer trains thinking.
+
+    Remedy: nothing to do if a reasoning model is meant
+    """
+    return sum(bool(_OPENS.search(_EMPTY.sub("", answer))) for answer in texts.answers)

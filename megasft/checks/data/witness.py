@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from megasft.checks.data.vocabulary import special_texts
+from megasft.checks.data.subject import special_texts
 from megasft.data.conversation import Conversation
 from megasft.schema import Sample
 

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from megasft.checks.data.rules import RULES
+from megasft.checks.data.run import RULES
 from megasft.cli.lint import lint
 from megasft.data.build import BuildOptions, build
 from megasft.data.formats import FieldMap

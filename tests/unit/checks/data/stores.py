@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megasft.checks.data.finding import Finding, Report
 from megasft.checks.data.run import LintOptions, lint_files, lint_store
+from megasft.checks.engine import Finding, Report
 from megasft.data.build import BuildOptions, build
 from megasft.data.tokenize import Recipe
 from megasft.schema import Sample, turn_records

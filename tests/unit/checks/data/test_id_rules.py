@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasft.checks.data.blocks import blocks
-from megasft.checks.data.rules import RULES, OnIds
+from megasft.checks.data.run import RULES
+from megasft.checks.data.subject import Needs, blocks, vocabulary_of
 
 from .stores import PAD, SPECIAL, START, STOP, Given, lint, made
 
@@ -158,18 +158,17 @@ def test_findings_do_not_depend_on_how_a_store_is_cut_into_blocks(
         for head, body, stops in data
     ]
     store = made(tmp_path_factory.mktemp("store") / "s", *samples)
-    from megasft.checks.data.vocabulary import vocabulary_of
-
     vocabulary = vocabulary_of(store)
-    rules = {name: rule.on for name, rule in RULES.items() if isinstance(rule.on, OnIds)}
+    rules = {name: rule for name, rule in RULES.items() if Needs.IDS in rule.needs}
+    assert len(rules) > 10
     for rule in rules.values():
         small = [
-            (rule.check(block, vocabulary) + block.first).tolist()
+            (rule(block, vocabulary) + block.first).tolist()
             for block in blocks(store, block_tokens=block_tokens)
         ]
-        large = [(rule.check(b, vocabulary) + b.first).tolist() for b in blocks(store)]
+        large = [(rule(b, vocabulary) + b.first).tolist() for b in blocks(store)]
         assert list(chain(*small)) == list(chain(*large))
     assert sum(b.num_samples for b in blocks(store, block_tokens=block_tokens)) == len(samples)
     cut = [i for i, (_, _, stops) in enumerate(data) if not stops]
-    hits = [rules["answer-cut"].check(b, vocabulary) + b.first for b in blocks(store)]
+    hits = [rules["answer-cut"](b, vocabulary) + b.first for b in blocks(store)]
     assert np.concatenate([*hits, np.zeros(0, int)]).tolist() == cut

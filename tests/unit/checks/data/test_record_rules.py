@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from megasft.checks.data.rules import RULES, OnRecord
+from megasft.checks.data.run import RULES
+from megasft.checks.data.subject import Needs
 from megasft.checks.data.witness import Transformers, UncheckableError, Witness, witness
 from megasft.data.conversation import Category, Conversation, make_messages
 from megasft.schema import Sample, turn_records
@@ -104,9 +105,9 @@ FIRES: dict[str, tuple[Any, ...]] = {
 
 
 def count(rule: str, seen: Witness) -> int:
-    on = RULES[rule].on
-    assert isinstance(on, OnRecord)
-    return on.check(seen)
+    asked = RULES[rule]
+    assert Needs.RECORD in asked.needs
+    return int(asked(seen))
 
 
 def test_a_sound_sample_has_no_hit(ask: Any) -> None:
@@ -114,9 +115,7 @@ def test_a_sound_sample_has_no_hit(ask: Any) -> None:
         CHATML, HI * 2, [(PROMPT, "Hello there<|im_end|>", 1), (NEXT, "Hello there<|im_end|>", 3)]
     )
     assert [p.stable for p in seen.prompts] == [True, True]
-    assert {
-        n for n, rule in RULES.items() if isinstance(rule.on, OnRecord) and count(n, seen)
-    } == set()
+    assert {n for n, r in RULES.items() if Needs.RECORD in r.needs and count(n, seen)} == set()
 
 
 @pytest.mark.parametrize("rule", ["prompt-trained", "answer-start-untrained", "not-assistant",
@@ -133,7 +132,7 @@ def test_one_token_too_late_or_too_early_is_enough(ask: Any) -> None:
         (PROMPT[:-1], "\n!?<|im_end|>", "prompt-trained"),
     ):
         seen = ask(CHATML, messages, [(before, trained, 1)])
-        fired = {n for n, r in RULES.items() if isinstance(r.on, OnRecord) and count(n, seen)}
+        fired = {n for n, r in RULES.items() if Needs.RECORD in r.needs and count(n, seen)}
         assert fired == {rule}
 
 

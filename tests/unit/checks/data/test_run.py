@@ -5,13 +5,11 @@ import orjson
 import pytest
 
 from megasft.checks.data import run
-from megasft.checks.data.finding import Finding, Report, in_order
-from megasft.checks.data.rules import RULES
-from megasft.checks.data.run import LintOptions, lint_files, lint_store
+from megasft.checks.data.run import RULES, LintOptions, lint_files, lint_store
+from megasft.checks.engine import Finding, Report, Severity, in_order
 from megasft.data.build import BuildOptions, Complaint, Progress, Tally, build
 from megasft.data.formats import FieldMap
 from megasft.errors import DataError
-from megasft.severity import Severity
 from megasft.store import open_store
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -54,7 +52,7 @@ def test_rejected_records_are_findings_by_reason_with_their_lines(
         (2, 5, (f"{file}:3", f"{file}:5")),
         (1, 5, (f"{file}:2",)),
     ]
-    assert rejected[1].meaning == "the record cannot become a sample: no assistant turn"
+    assert rejected[1].fact == "the record cannot become a sample: no assistant turn"
     assert rejected[1].detail.startswith(f"{file}:2: none of the 1 messages")
     assert report.fails(strict=False)
 
@@ -211,10 +209,9 @@ def test_ignored_rules_do_not_run_and_are_said(tmp_path: Path) -> None:
 
 def test_errors_come_first_then_shares() -> None:
     def finding(rule: str, severity: Severity, count: int) -> Finding:
-        return Finding(rule, severity, count, 10, "turns", (), "", "")
+        return Finding(rule=rule, severity=severity, count=count, population=10, unit="turns")
 
     report = Report(
-        "x",
         in_order(
             [
                 finding("a", Severity.NOTE, 9),
@@ -223,9 +220,9 @@ def test_errors_come_first_then_shares() -> None:
                 finding("d", Severity.ERROR, 1),
             ]
         ),
-        (),
-        4,
-        {"samples": 10, "turns": 10, "tokens": 1000},
+        num_rules=4,
+        subject="x",
+        counts={"samples": 10, "turns": 10, "tokens": 1000},
     )
     assert [f.rule for f in report.findings] == ["d", "c", "b", "a"]
     assert report.verdict() == (

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from megasft.checks.data import store_rules
+from megasft.checks.data import subject
+from megasft.checks.engine import Severity
 from megasft.data import unread_keys
-from megasft.severity import Severity
 from megasft.store import TokenStore
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -83,7 +83,7 @@ def test_samples_that_only_look_alike_are_no_repeats(tmp_path: Path) -> None:
         ([1, 2, 3], []), ([3, 2, 1], []), ([1, 2], []), ([1, 2, 3, 0], []), ([0, 1, 2, 3], []),
         ([2, 1, 3], []), ([0], []), ([0, 0], []),
     ]  # fmt: skip
-    keys = store_rules.keys_of_tokens(made(tmp_path / "store", *samples))
+    keys = subject.keys_of_tokens(made(tmp_path / "store", *samples))
     assert len(set(keys.tolist())) == len(samples)
 
 

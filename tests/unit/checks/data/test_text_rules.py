@@ -1,6 +1,7 @@
 import pytest
 
-from megasft.checks.data.rules import RULES, OnText
+from megasft.checks.data.run import RULES
+from megasft.checks.data.subject import Needs
 from megasft.checks.data.text_rules import Texts
 
 FIRES = {
@@ -22,9 +23,10 @@ SILENT = {
 
 
 def hits(rule: str, answer: str) -> int:
-    on = RULES[rule].on
-    assert isinstance(on, OnText)
-    return on.check(Texts((answer,), f"<|im_start|>{answer}", {"<|im_start|>": 1, "<|im_end|>": 1}))
+    asked = RULES[rule]
+    assert Needs.TEXT in asked.needs
+    counts = {"<|im_start|>": 1, "<|im_end|>": 1}
+    return int(asked(Texts((answer,), f"<|im_start|>{answer}", counts)))
 
 
 @pytest.mark.parametrize("rule", FIRES)
