@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from megasft.cli.findings_output import STYLES, as_json, new_console, style_of_verdict, write_json
+from megasft.cli.findings_output import (
+    STYLES,
+    as_json,
+    new_console,
+    print_hanging,
+    print_rules,
+    print_verdict,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from megasft.checks.engine import Finding, Report
     from megasft.checks.run.subject import Wishes
@@ -65,7 +72,9 @@ def doctor(
     """
     console = new_console()
     if list_rules:
-        _print_rules(console)
+        with _quiet():
+            from megasft.checks.run.run import RULES
+        print_rules(console, RULES.values())
         return
     from megasft.checks.run.subject import Wishes
 
@@ -79,15 +88,7 @@ def doctor(
 
 
 def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Report:
-    import logging
-
-    # What is printed while Megatron is imported is said by the report.
-    logging.getLogger("megasft").addHandler(logging.NullHandler())
-    from megasft.megatron import cpu
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cpu.prepare()
+    with _quiet():
         from megasft.checks.run import machine
         from megasft.checks.run.subject import Subject
         from megasft.run import start
@@ -99,6 +100,20 @@ def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Re
         args = arguments.parse(flags)
         args.world_size = world_size or _world_size(args, len(seen.gpus), seen.environment)
         return start.examine(Subject(seen, wishes, args))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Import Megatron, and print nothing meanwhile: the report says what matters of it."""
+    import logging
+
+    from megasft.megatron import cpu
+
+    logging.getLogger("megasft").addHandler(logging.NullHandler())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cpu.prepare()
+        yield
 
 
 def _world_size(args: Any, num_gpus: int, environment: Any) -> int:
@@ -117,27 +132,6 @@ def _world_size(args: Any, num_gpus: int, environment: Any) -> int:
     return max(num_gpus, max(1, tp * pp * cp))
 
 
-def _print_rules(console: Console) -> None:
-    from rich.text import Text
-
-    from megasft.megatron import cpu
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import logging
-
-        logging.getLogger("megasft").addHandler(logging.NullHandler())
-        cpu.prepare()
-        from megasft.checks.run.run import RULES
-
-    for name, rule in RULES.items():
-        style = STYLES[rule.severity]
-        line = Text.assemble(
-            (f"{rule.severity:<9}", style), (f"{name:<25}", "bold"), f"{rule.theme}: {rule.meaning}"
-        )
-        console.print(line, soft_wrap=True)
-
-
 def _print_report(console: Console, report: Report) -> None:
     from rich.text import Text
 
@@ -148,10 +142,8 @@ def _print_report(console: Console, report: Report) -> None:
     for why in dict.fromkeys(item.why for item in report.unchecked):
         rules = [rule for item in report.unchecked if item.why == why for rule in item.rules]
         text = f"not checked, since {why}: {', '.join(rules)}"
-        _print_hanging(console, Text("", style="dim"), text, indent=4)
-    worst = report.findings[0].severity if report.findings else None
-    style = style_of_verdict(worst)
-    console.print(_header(report) + report.verdict(), style=style, markup=False)
+        print_hanging(console, Text("", style="dim"), text, indent=4)
+    print_verdict(console, report, head=_header(report))
 
 
 def _header(report: Report) -> str:
@@ -177,26 +169,11 @@ def _print_theme(console: Console, theme: str, findings: Sequence[Finding]) -> N
         head = Text.assemble(
             (f" {finding.severity:<8}", STYLES[finding.severity]), (finding.rule, "bold"), ": "
         )
-        _print_hanging(console, head, finding.fact)
+        print_hanging(console, head, finding.fact, indent=9)
         if finding.remedy:
-            _print_hanging(console, Text.assemble(" " * 9, ("remedy: ", "dim")), finding.remedy)
+            head = Text.assemble(" " * 9, ("remedy: ", "dim"))
+            print_hanging(console, head, finding.remedy, indent=9)
     console.print()
-
-
-def _print_hanging(console: Console, head: Text, text: str, *, indent: int = 9) -> None:
-    """Print a paragraph, the lines behind the first indented; long words are left whole."""
-    lines = textwrap.wrap(
-        head.plain + text,
-        console.width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    first = head.copy()
-    first.append(lines[0][len(head.plain) :] if len(lines[0]) > len(head.plain) else "")
-    console.print(first, soft_wrap=True)
-    for line in lines[1:]:
-        console.print(line, style=head.style, soft_wrap=True, markup=False)
 
 
 def _print_memory(console: Console, report: Report) -> None:
@@ -211,9 +188,11 @@ def _print_memory(console: Console, report: Report) -> None:
     console.print(Text(title, style="bold"))
     for part in found["parts"]:
         head = f" {part['name']:<14}{text_of_bytes(part['num_bytes']):>10}  "
-        _print_hanging(console, Text(head), part["how"], indent=27)
+        print_hanging(console, Text(head), part["how"], indent=27)
     of = f"of {text_of_bytes(there)}" if there else "--gpu-memory-gb GB compares it with a GPU"
-    _print_hanging(console, Text(f" {'together':<14}{text_of_bytes(found['total']):>10}  "), of)
+    print_hanging(
+        console, Text(f" {'together':<14}{text_of_bytes(found['total']):>10}  "), of, indent=9
+    )
     console.print()
 
 

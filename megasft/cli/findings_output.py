@@ -1,8 +1,9 @@
-"""What `lint`, `doctor` and `plan` print alike: colours of severities, width, and the JSON file."""
+"""What `lint`, `doctor` and `plan` print alike: lists of rules, paragraphs, verdicts, JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,9 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
+
+    from megasft.checks.engine import Report, Rule
 
 STYLES: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _WIDE: Final = 10_000
@@ -33,9 +37,39 @@ def new_console() -> Console:
     return console
 
 
-def style_of_verdict(worst: str | None) -> str:
-    """Return the style of a report whose worst finding has this severity; None for none."""
-    return STYLES[worst] if worst in ("error", "warning") else "bold green"
+def print_rules(console: Console, rules: Iterable[Rule[..., Any]]) -> None:
+    """Print what ``--list`` shows: each rule on a line, with what it finds."""
+    from rich.text import Text
+
+    for rule in rules:
+        line = Text.assemble(
+            (f"{rule.severity:<9}", STYLES[rule.severity]), (f"{rule.name:<25}", "bold")
+        )
+        line.append(f"{rule.theme}: {rule.meaning}" if rule.theme else rule.meaning)
+        console.print(line, soft_wrap=True)
+
+
+def print_hanging(console: Console, head: Text, text: str, *, indent: int) -> None:
+    """Print a paragraph, the lines after the first indented; long words are left whole."""
+    lines = textwrap.wrap(
+        head.plain + text,
+        console.width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    first = head.copy()
+    first.append(lines[0][len(head.plain) :] if len(lines[0]) > len(head.plain) else "")
+    console.print(first, soft_wrap=True)
+    for line in lines[1:]:
+        console.print(line, style=head.style, soft_wrap=True, markup=False)
+
+
+def print_verdict(console: Console, report: Report, *, head: str = "") -> None:
+    """Print the last line of a report, in the style of its worst finding."""
+    worst = report.findings[0].severity if report.findings else "note"
+    style = "bold green" if worst == "note" else STYLES[worst]
+    console.print(head + report.verdict(), style=style, markup=False, soft_wrap=True)
 
 
 def write_json(

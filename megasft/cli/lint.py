@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megasft.cli.findings_output import STYLES, new_console, style_of_verdict, write_json
+from megasft.cli.findings_output import STYLES, new_console, print_rules, print_verdict, write_json
 from megasft.cli.record_options import (
     Format,
     FormatOption,
@@ -81,7 +81,7 @@ def lint(
 
     console = new_console()
     if list_rules:
-        _print_rules(console)
+        print_rules(console, RULES.values())
         return
     for name in ignore or ():
         if name not in RULES:
@@ -124,17 +124,6 @@ def _lint(paths: list[Path], options: Any) -> Report:
     return lint_files(tuple(paths), options)
 
 
-def _print_rules(console: Console) -> None:
-    from rich.text import Text
-
-    from megasft.checks.data.run import RULES
-
-    for name, rule in RULES.items():
-        style = STYLES[rule.severity]
-        line = Text.assemble((f"{rule.severity:<9}", style), (f"{name:<25}", "bold"), rule.meaning)
-        console.print(line, soft_wrap=True)
-
-
 def _print_report(console: Console, report: Report) -> None:
     if report.findings:
         _print_table(console, report.findings)
@@ -146,9 +135,7 @@ def _print_report(console: Console, report: Report) -> None:
     sampled, total = report.counts.get("sampled", 0), report.counts["samples"]
     if 0 < sampled < total:
         console.print(f"text: {sampled:,} of {total:,} samples were read (--sample 0 reads all)")
-    worst = report.findings[0].severity if report.findings else None
-    style = style_of_verdict(worst)
-    console.print(report.verdict(), style=style, markup=False, soft_wrap=True)
+    print_verdict(console, report)
 
 
 def _print_table(console: Console, findings: tuple[Finding, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from megasft.cli.findings_output import STYLES, new_console, write_json
+from megasft.cli.findings_output import STYLES, new_console, print_hanging, write_json
 from megasft.cli.planned import (
     DEFAULT_ALIGN_TOKENS,
     MixtureFile,
@@ -30,7 +30,7 @@ from megasft.errors import FlagError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megasft.checks.plan import Caution
+    from megasft.checks.engine import Finding
     from megasft.packing.balance import Cost
     from megasft.packing.forecast import Forecast, PackerFigures, Run
     from megasft.store import TokenStore
@@ -136,7 +136,10 @@ def plan(
         _plot(console, seen, plot)
     if json is not None:
         packers = {name: one.as_json() for name, one in figures.items()}
-        told = [caution._asdict() for caution in found]
+        told = [
+            {"name": one.rule, "severity": one.severity, "fact": one.fact, "remedy": one.remedy}
+            for one in found
+        ]
         numbers = seen.as_json() | {"model": model, "packers": packers, "cautions": told}
         write_json(numbers, json, error_type=FlagError)
     if any(caution.severity == "error" for caution in found):
@@ -289,20 +292,17 @@ def _print_packers(console: Console, figures: Mapping[str, PackerFigures], run: 
     console.print(table)
 
 
-def _print_cautions(console: Console, found: Sequence[Caution]) -> None:
-    from rich.padding import Padding
+def _print_cautions(console: Console, found: Sequence[Finding]) -> None:
     from rich.text import Text
 
     console.print()
     if not found:
         console.print("nothing that will bite", style="bold green")
     for caution in found:
-        style = STYLES[caution.severity]
-        head = (f"{caution.severity} {caution.name}", style)
-        console.print(Text.assemble(head, ": ", caution.fact))
-        console.print(
-            Padding(Text.assemble(("remedy: ", "dim"), caution.remedy), (0, 0, 0, 2), expand=False)
-        )
+        name = (f"{caution.severity} {caution.rule}", STYLES[caution.severity])
+        print_hanging(console, Text.assemble(name, ": "), caution.fact, indent=0)
+        remedy = Text.assemble("  ", ("remedy: ", "dim"))
+        print_hanging(console, remedy, caution.remedy, indent=2)
 
 
 def _plot(console: Console, seen: Forecast, path: Path) -> None:

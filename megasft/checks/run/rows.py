@@ -136,12 +136,12 @@ def cautions(subject: Subject) -> Iterator[Finding]:
     seen = forecast(data.store, data.plan, run, row_order.cost_of(args))
     for caution in forecast_cautions.cautions(seen):
         is_interleaved = args.virtual_pipeline_model_parallel_size is not None
-        if caution.name == "pipeline-bubble" and is_interleaved:
+        if caution.rule == "pipeline-bubble" and is_interleaved:
             continue  # it knows no virtual stages
-        if caution.name not in _ASKED_ALREADY:
+        if caution.rule not in _ASKED_ALREADY:
             # The command's flag has no prefix.
             remedy = caution.remedy.replace("--packer", "--megasft-packer")
-            yield Finding(caution.fact, remedy, {"caution": caution.name})
+            yield Finding(caution.fact, remedy, {"caution": caution.rule})
 
 
 @rule("run-length", Severity.NOTE, Stage.MODEL, theme="data")
