@@ -52,7 +52,7 @@ def same_folder(checkpoint: Path, output: Path, *, iteration: int | None) -> Cal
 def _require_same(verification: Verification, folder: Path, output: Path) -> None:
     show(verification)
     if not verification.is_ok:
-        names = ", ".join(check.name for check in verification.failures)
+        names = ", ".join(check.rule for check in verification.failures)
         raise ConversionError(
             f"the conversion is not the same model ({names}); {left_at(output)}. What was written "
             f"stays in {folder}: look at the table above, and fix the source; the same command "

@@ -18,7 +18,8 @@ from checkpoint_convert.verify import logits as logits_of
 from checkpoint_convert.verify import manifest as manifests
 from checkpoint_convert.verify import memory, side_files, tensors
 from checkpoint_convert.verify.layouts import Layout, combined
-from checkpoint_convert.verify.verification import Check, Verification, failed
+from checkpoint_convert.verify.verification import Verification, failed
+from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
 
 
@@ -68,7 +69,7 @@ def verify(
         checks = [side_files.check_side_folder(hf, checkpoint)]
         if engine and not logits:
             detail = f"made by {engine}, so the logits are all there is to compare"
-            checks.append(Check("logits", False, f"{detail}, and they were left out"))
+            checks.append(failed("logits", f"{detail}, and they were left out"))
         if not engine:
             checks.insert(0, _attempt("flags", lambda: side_files.check_flags(checkpoint, model)))
             checks.append(run.tensors(stored))
@@ -106,10 +107,10 @@ class _Run:
         self.model, self.progress = model, progress
         self.prints: dict[str, tensors.Fingerprint] = {}
 
-    def tensors(self, stored: HFTensors) -> Check:
+    def tensors(self, stored: HFTensors) -> Finding:
         bar = self.progress.add_task("tensors", total=tensors.count(self.model))
 
-        def check() -> Check:
+        def check() -> Finding:
             found, self.prints = tensors.check_checkpoint(
                 stored,
                 self.source,
@@ -121,7 +122,7 @@ class _Run:
 
         return _attempt("tensors", check)
 
-    def returned(self, stored: HFTensors, hf_out: Path, returned: HFTensors) -> list[Check]:
+    def returned(self, stored: HFTensors, hf_out: Path, returned: HFTensors) -> list[Finding]:
         bar = self.progress.add_task("returned tensors", total=len(stored))
         config = self.model.hf_config
         return [
@@ -135,7 +136,7 @@ class _Run:
             ),
         ]
 
-    def logits(self, subject: logits_of.Subject) -> list[Check]:
+    def logits(self, subject: logits_of.Subject) -> list[Finding]:
         bar = self.progress.add_task("logits", total=logits_of.count(subject))
         with tempfile.TemporaryDirectory(prefix="megasft-verify-") as folder:
             try:
@@ -145,7 +146,7 @@ class _Run:
                     done=lambda steps: self.progress.update(bar, completed=steps),
                 )
             except ConversionError as error:
-                return [failed("logits", error)]
+                return [failed("logits", str(error))]
         return checks
 
 
@@ -192,12 +193,12 @@ def _subject(
     )
 
 
-def _attempt(name: str, check: Callable[[], Check]) -> Check:
+def _attempt(name: str, check: Callable[[], Finding]) -> Finding:
     """Make a check; when what it compares is not even comparable, that is its answer."""
     try:
         return check()
     except ConversionError as error:
-        return failed(name, error)
+        return failed(name, str(error))
 
 
 def _progress() -> Progress:

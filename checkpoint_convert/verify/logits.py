@@ -22,7 +22,8 @@ from checkpoint_convert.verify import hf_model, workers
 from checkpoint_convert.verify.hf_model import LAYER_TOLERANCE
 from checkpoint_convert.verify.layouts import Layout
 from checkpoint_convert.verify.text import Row, make_row
-from checkpoint_convert.verify.verification import Check
+from checkpoint_convert.verify.verification import failed, passed
+from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
 
 TOLERANCE: Final = 1e-5
@@ -78,7 +79,7 @@ class _Planned:
 
 def check_logits(
     subjects: Sequence[Subject], *, folder: Path, done: Callable[[int], None]
-) -> list[list[Check]]:
+) -> list[list[Finding]]:
     """Compare the logits of several checkpoints; cases of one number of processes share a start.
 
     Args:
@@ -191,10 +192,10 @@ def _model_flags(subject: Subject) -> tuple[str, ...]:
     return () if (subject.checkpoint / MODEL_FILE).is_file() else subject.model.flags
 
 
-def _judge(plan: _Planned, failure: str | None) -> list[Check]:
+def _judge(plan: _Planned, failure: str | None) -> list[Finding]:
     name = f"logits {'by layer' if plan.subject.by_layer else plan.layout.name}"
     if failure is not None:
-        return [Check(name, False, f"Megatron gave none: {failure}")]
+        return [failed(name, f"Megatron gave none: {failure}")]
     wanted, found = (
         torch.load(path, weights_only=True) for path in (plan.wanted, plan.case.output)
     )
@@ -207,7 +208,7 @@ def _judge(plan: _Planned, failure: str | None) -> list[Check]:
 
 def compare(
     name: str, found: torch.Tensor, wanted: torch.Tensor, row: Row, subject: Subject
-) -> Check:
+) -> Finding:
     """Compare logits.
 
     Args:
@@ -222,7 +223,7 @@ def compare(
             f"Megatron's are [tokens, vocabulary] = {list(found.shape)}, Hugging Face's "
             f"{list(wanted.shape)}: the vocabularies differ"
         )
-        return Check(name, False, detail)
+        return failed(name, detail)
     errors = (found - wanted).abs().nan_to_num(nan=torch.inf)
     token, entry = divmod(int(errors.argmax()), errors.shape[1])
     error, largest = float(errors.max()), float(wanted.abs().max())
@@ -245,11 +246,11 @@ def compare(
         f"({row.source}): max |Δ| {error:.1e} of logits up to {largest:.1f}, {allowed:.1e} allowed"
     )
     if is_ok:
-        return Check(name, True, "; ".join((what, *subject.notes)), figures)
+        return passed(name, "; ".join((what, *subject.notes)), figures)
     bad = (errors.amax(-1) > allowed).sum()
     where = f", at {row.place(token)}, entry {entry:,}; {int(bad):,} tokens are wrong"
     where += f", and {agree:.0%} have the same best next token"
-    return Check(name, False, "; ".join((what + where, *_advice(subject), *subject.notes)), figures)
+    return failed(name, "; ".join((what + where, *_advice(subject), *subject.notes)), figures)
 
 
 def _advice(subject: Subject) -> list[str]:
@@ -266,7 +267,7 @@ def _advice(subject: Subject) -> list[str]:
     return advice
 
 
-def _judge_layers(errors: list[list[float]], peak_bytes: int, plan: _Planned) -> Check:
+def _judge_layers(errors: list[list[float]], peak_bytes: int, plan: _Planned) -> Finding:
     """Compare hidden states, embedding first."""
     found_LT = torch.tensor(errors, dtype=torch.float64).nan_to_num(nan=torch.inf)
     near_LT = torch.zeros_like(found_LT, dtype=torch.bool)
@@ -302,4 +303,5 @@ def _judge_layers(errors: list[list[float]], peak_bytes: int, plan: _Planned) ->
         detail += f"; wrong: {', '.join(bad[:SHOWN])}{more}"
     if share > MOST_NEAR_A_TIE:
         detail += f"; of one layer {share:.0%} are left out, which proves too little"
-    return Check("layers", not bad and share <= MOST_NEAR_A_TIE, detail, figures)
+    judged = failed if bad or share > MOST_NEAR_A_TIE else passed
+    return judged("layers", detail, figures)

@@ -10,7 +10,8 @@ import orjson
 from checkpoint_convert.config_map import Model
 from checkpoint_convert.files import MANIFEST, MODEL_FILE, SIDE_FOLDER
 from checkpoint_convert.hf_folder import TEMPLATE_FOLDER, WEIGHT_ENDINGS
-from checkpoint_convert.verify.verification import Check
+from checkpoint_convert.verify.verification import failed, passed
+from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
 
 DTYPE_FIELDS: Final = ("dtype", "torch_dtype")
@@ -23,12 +24,12 @@ def left_out(checkpoint: Path, names: Container[str]) -> list[str]:
     return [name for name in found if name in names]
 
 
-def check_flags(checkpoint: Path, model: Model) -> Check:
+def check_flags(checkpoint: Path, model: Model) -> Finding:
     """Compare the flags file with what the folder's configuration gives today."""
     path = checkpoint / MODEL_FILE
     if not path.is_file():
         detail = f"no {MODEL_FILE}: a training run's folder; the flags are those of the folder"
-        return Check("flags", True, detail, {"flags": 0})
+        return passed("flags", detail, {"flags": 0})
     stored = _read_json(path)
     found, wanted = (_by_flag(flags) for flags in (stored.get("flags", ()), model.flags))
     wrong = _differences(found, wanted, missing="is not set")
@@ -38,12 +39,12 @@ def check_flags(checkpoint: Path, model: Model) -> Check:
     wrong += [f"hf_config: {text}" for text in changed]
     if wrong:
         detail = f"{MODEL_FILE} is not what config.json gives: {'; '.join(wrong)}"
-        return Check("flags", False, detail, {"wrong": len(wrong)})
+        return failed("flags", detail, {"wrong": len(wrong)})
     detail = f"{len(wanted)} flags and {len(model.hf_config)} fields as config.json gives them"
-    return Check("flags", True, detail, {"flags": len(wanted), "wrong": 0})
+    return passed("flags", detail, {"flags": len(wanted), "wrong": 0})
 
 
-def check_returned_config(hf_config: Mapping[str, Any], hf_out: Path) -> Check:
+def check_returned_config(hf_config: Mapping[str, Any], hf_out: Path) -> Finding:
     """Compare the fields of two ``config.json``; the dtype is the tensors' business."""
     found = _read_json(hf_out / "config.json")
     stated = {name: (hf_config.get(name), found.get(name)) for name in DTYPE_FIELDS}
@@ -54,13 +55,13 @@ def check_returned_config(hf_config: Mapping[str, Any], hf_out: Path) -> Check:
     wrong = _differences(others, wanted)
     if wrong:
         detail = f"config.json: {'; '.join(wrong)}"
-        return Check("returned config", False, detail, {"wrong": len(wrong)})
+        return failed("returned config", detail, {"wrong": len(wrong)})
     dtypes = [f"{name} is {b} and was {a}" for name, (a, b) in stated.items() if a != b]
     detail = "; ".join([f"{len(wanted)} fields equal", *dtypes])
-    return Check("returned config", True, detail, {"fields": len(wanted), "wrong": 0})
+    return passed("returned config", detail, {"fields": len(wanted), "wrong": 0})
 
 
-def check_files(hf: Path, folder: Path, *, name: str, but: Iterable[str] = ()) -> Check:
+def check_files(hf: Path, folder: Path, *, name: str, but: Iterable[str] = ()) -> Finding:
     """Compare files byte by byte.
 
     Args:
@@ -70,22 +71,22 @@ def check_files(hf: Path, folder: Path, *, name: str, but: Iterable[str] = ()) -
         but: Files that are compared elsewhere.
     """
     if not folder.is_dir():
-        return Check(name, False, f"{folder} is not there; convert again")
+        return failed(name, f"{folder} is not there; convert again")
     wanted, found = (_digests(path, but) for path in (hf, folder))
     wrong = [f"{file} is missing" for file in wanted if file not in found]
     wrong += [f"{file} is not in {hf}" for file in found if file not in wanted]
     wrong += [f"{f} differs" for f in wanted if f in found and wanted[f] != found[f]]
     if wrong:
-        return Check(name, False, f"{folder}: {'; '.join(wrong)}", {"wrong": len(wrong)})
+        return failed(name, f"{folder}: {'; '.join(wrong)}", {"wrong": len(wrong)})
     detail = f"{len(wanted)} files equal byte for byte"
-    return Check(name, True, detail, {"files": len(wanted), "wrong": 0})
+    return passed(name, detail, {"files": len(wanted), "wrong": 0})
 
 
-def check_side_folder(hf: Path, checkpoint: Path) -> Check:
+def check_side_folder(hf: Path, checkpoint: Path) -> Finding:
     """Compare the files a converted checkpoint keeps for the way back."""
     folder = checkpoint / SIDE_FOLDER
     if not folder.is_dir() and not (checkpoint / MODEL_FILE).is_file():
-        return Check("files", True, f"no {SIDE_FOLDER}/: a training run's folder keeps none")
+        return passed("files", f"no {SIDE_FOLDER}/: a training run's folder keeps none")
     return check_files(hf, folder, name="files")
 
 

@@ -25,7 +25,8 @@ from checkpoint_convert.tensor_map import (
     require_keys,
     split_piece,
 )
-from checkpoint_convert.verify.verification import Check
+from checkpoint_convert.verify.verification import failed, passed
+from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
 
 SHOWN: Final = 3
@@ -52,7 +53,7 @@ def check_checkpoint(
     *,
     is_conversion: bool,
     done: Callable[[], None],
-) -> tuple[Check, dict[str, Fingerprint]]:
+) -> tuple[Finding, dict[str, Fingerprint]]:
     """Compare every piece with what the folder's tensors make, and the way back.
 
     Args:
@@ -96,7 +97,7 @@ def check_checkpoint(
         return _wrong("tensors", wrong, total), prints
     how = f", {rounded:,} of them rounded to the folder's dtype first" if rounded else ""
     detail = f"{total:,} pieces equal bit for bit{how}, both ways ({num_bytes:,} bytes)"
-    return Check("tensors", True, detail, figures), prints
+    return passed("tensors", detail, figures), prints
 
 
 def _as_exported(stored: torch.Tensor, piece: Piece, model: Model, dtype: Any) -> torch.Tensor:
@@ -107,7 +108,7 @@ def _as_exported(stored: torch.Tensor, piece: Piece, model: Model, dtype: Any) -
 
 def check_returned(
     hf: HFTensors, returned: HFTensors, model: Model, *, done: Callable[[], None]
-) -> Check:
+) -> Finding:
     """Compare a folder with the one it should be equal to, names and dtypes included."""
     names, others = (_own_names(tensors, model) for tensors in (hf, returned))
     missing = [name for name in names if name not in set(others)]
@@ -123,7 +124,7 @@ def check_returned(
     if wrong:
         return _wrong("returned tensors", wrong, len(names))
     detail = f"{len(names):,} tensors equal bit for bit, 0 missing, 0 extra"
-    return Check("returned tensors", True, detail, {"tensors": len(names), "wrong": 0})
+    return passed("returned tensors", detail, {"tensors": len(names), "wrong": 0})
 
 
 def _own_names(tensors: HFTensors, model: Model) -> list[str]:
@@ -163,12 +164,12 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     )
 
 
-def _wrong(name: str, wrong: Iterable[str], total: int) -> Check:
+def _wrong(name: str, wrong: Iterable[str], total: int) -> Finding:
     found = list(wrong)
     shown = "; ".join(found[:SHOWN])
     more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     detail = f"{len(found):,} of {total:,} are wrong: {shown}{more}"
-    return Check(name, False, detail, {"wrong": len(found), "total": total})
+    return failed(name, detail, {"wrong": len(found), "total": total})
 
 
 def require_tensors(folder: Path) -> HFTensors:

@@ -1,30 +1,33 @@
 """What a verification found: a list of checks, each passed or not, with its figures."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megasft.errors import MegasftError
+from megasft.checks.engine import Finding, Severity
+
+_NO_FIGURES: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One question about a conversion, and its answer.
+def passed(name: str, detail: str, figures: Mapping[str, Any] = _NO_FIGURES) -> Finding:
+    """Return the answer to a question about a conversion that it passes.
 
-    Attributes:
+    Args:
         name: As in the table.
-        detail: What was found, for people; of a failure the first places and the reason.
+        detail: What was found, for people.
         figures: The same in numbers, for the manifest.
     """
+    return Finding(detail, rule=name, severity=Severity.NOTE, numbers=dict(figures))
 
-    name: str
-    is_ok: bool
-    detail: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
+
+def failed(name: str, detail: str, figures: Mapping[str, Any] = _NO_FIGURES) -> Finding:
+    """Return the answer where it does not pass: the first places, and the reason."""
+    return Finding(detail, rule=name, severity=Severity.ERROR, numbers=dict(figures))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class Verification:
     checkpoint: str
     iteration: str
     hf_out: str | None
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
 
     @property
     def is_ok(self) -> bool:
@@ -51,29 +54,28 @@ class Verification:
         return bool(self.checks) and all(check.is_ok for check in self.checks)
 
     @property
-    def failures(self) -> tuple[Check, ...]:
+    def failures(self) -> tuple[Finding, ...]:
         """The checks that did not pass."""
         return tuple(check for check in self.checks if not check.is_ok)
 
-    def check(self, name: str) -> Check:
+    def check(self, name: str) -> Finding:
         """Return a check by its name.
 
         Raises:
             KeyError: It was not made.
         """
         for check in self.checks:
-            if check.name == name:
+            if check.rule == name:
                 return check
         raise KeyError(name)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the verdict, for JSON."""
-        return asdict(self) | {"is_ok": self.is_ok}
-
-
-def failed(name: str, error: MegasftError) -> Check:
-    """Return a check that could not be made: what stood in its way is the answer."""
-    return Check(name, False, str(error))
+        checks = [
+            {"name": one.rule, "is_ok": one.is_ok, "detail": one.fact, "figures": one.numbers}
+            for one in self.checks
+        ]
+        return asdict(self) | {"checks": checks, "is_ok": self.is_ok}
 
 
 def show(verification: Verification, *, console: Console | None = None) -> None:
@@ -83,7 +85,7 @@ def show(verification: Verification, *, console: Console | None = None) -> None:
         table.add_column(column, overflow="fold")
     for check in verification.checks:
         verdict = Text("ok", "green") if check.is_ok else Text("FAILED", "bold red")
-        table.add_row(check.name, verdict, Text(check.detail))
+        table.add_row(check.rule, verdict, Text(check.fact))
     console = console or Console(highlight=False)
     console.print(table)
     outcome = "verified" if verification.is_ok else "NOT the same model"

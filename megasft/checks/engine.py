@@ -70,6 +70,11 @@ class Finding:
     sampled: bool = False
 
     @property
+    def is_ok(self) -> bool:
+        """Whether it is no error."""
+        return self.severity is not Severity.ERROR
+
+    @property
     def message(self) -> str:
         """Fact and remedy as one line, as errors are worded."""
         return f"{self.fact}; {self.remedy}" if self.remedy else self.fact

@@ -157,7 +157,7 @@ def test_what_was_trained_in_parallel_and_exported_computes_what_megatron_comput
     megatron_to_hf.convert(run, back, like=tmp_path / "qwen3")
     found = verify(back, run, layouts=[Layout()])
     assert found.is_ok, found.failures
-    logits = found.check("logits TP 1").figures
+    logits = found.check("logits TP 1").numbers
     assert logits["max_difference"] <= logits["allowed"] / 2 and logits["tokens"] > 100
     before, after = (load_file(d / "model.safetensors") for d in (tmp_path / "hf", back))
     assert all((after[key] - before[key]).abs().max() > 1e-3 for key in before)

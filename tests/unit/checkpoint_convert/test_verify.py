@@ -58,13 +58,13 @@ def the_failure(folder: Path) -> tuple[str, str]:
     verification = run(folder)
     assert not verification.is_ok
     assert len(verification.failures) == 1, verification.failures
-    return verification.failures[0].name, verification.failures[0].detail
+    return verification.failures[0].rule, verification.failures[0].fact
 
 
 def test_a_right_conversion_passes_every_check_and_leaves_a_record(folder: Path) -> None:
     verification = run(folder)
     assert verification.is_ok, verification.failures
-    names = [check.name for check in verification.checks]
+    names = [check.rule for check in verification.checks]
     assert names == [
         *("flags", "files", "tensors", "returned config", "returned files", "returned tensors")
     ]
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_other_weights_fails_and_names_the_piece(folder: Path) -
     edit_tensors(folder / "hf", flip_a_bit)
     verification = run(folder)
     assert "decoder.layers.mlp.linear_fc2.weight[1] differs in 1 of 1,536" in (
-        verification.check("tensors").detail
+        verification.check("tensors").fact
     )
     assert not verification.check("returned tensors").is_ok
 
@@ -167,15 +167,15 @@ def test_a_checkpoint_of_other_weights_fails_and_names_the_piece(folder: Path) -
 def test_a_vocabulary_that_is_off_by_one_fails(folder: Path) -> None:
     edit_json(folder / "hf" / "config.json", lambda c: c.update(vocab_size=99))
     verification = run(folder)
-    assert "the configuration says a vocabulary of 99" in verification.check("tensors").detail
-    assert "--padded-vocab-size is '98' and not '99'" in verification.check("flags").detail
-    assert "vocab_size is 98 and not 99" in verification.check("returned config").detail
+    assert "the configuration says a vocabulary of 99" in verification.check("tensors").fact
+    assert "--padded-vocab-size is '98' and not '99'" in verification.check("flags").fact
+    assert "vocab_size is 98 and not 99" in verification.check("returned config").fact
 
 
 def test_a_folder_that_transformers_cannot_load_is_a_check_that_failed(folder: Path) -> None:
     edit_json(folder / "hf" / "config.json", lambda c: c.update(vocab_size=99))
     one = verify(folder / "hf", folder / "megatron", by_layer=False).check("logits")
-    assert "transformers cannot run" in one.detail and "AutoModelForCausalLM" in one.detail
+    assert "transformers cannot run" in one.fact and "AutoModelForCausalLM" in one.fact
 
 
 def test_a_tensor_that_another_family_has_is_named(folder: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_tensor_that_another_family_has_is_named(folder: Path, tmp_path: Path)
     verification = verify(hf, folder / "megatron", logits=False)
     assert (
         "lacks 1 tensors (decoder.layers.self_attention.linear_qkv.bias)"
-        in verification.check("tensors").detail
+        in verification.check("tensors").fact
     )
 
 
@@ -197,7 +197,7 @@ def test_a_trained_checkpoint_is_compared_as_it_was_exported(folder: Path, tmp_p
     verification = verify(tmp_path / "b", trained, logits=False)
     assert verification.is_ok, verification.failures
     assert verification.iteration == "iter_0000007"
-    assert "19 of them rounded to the folder's dtype" in verification.check("tensors").detail
+    assert "19 of them rounded to the folder's dtype" in verification.check("tensors").fact
     edit_tensors(
         tmp_path / "b", lambda t: t["model.norm.weight"].view(torch.int16)[0].bitwise_xor_(1)
     )
@@ -241,7 +241,7 @@ def test_show_prints_every_check(folder: Path, capsys: pytest.CaptureFixture[str
     verification = run(folder)
     show(verification)
     out = capsys.readouterr().out
-    assert all(check.name in out for check in verification.checks)
+    assert all(check.rule in out for check in verification.checks)
 
 
 @pytest.mark.parametrize(

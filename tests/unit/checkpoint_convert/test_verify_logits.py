@@ -20,22 +20,23 @@ from checkpoint_convert.config_map import Model, read_model
 from checkpoint_convert.hf_to_megatron import MODEL_FILE
 from checkpoint_convert.megatron_checkpoint import TRACKER
 from checkpoint_convert.rules import QKV, Heads, Join, Rule, same_bits
-from checkpoint_convert.verify import Check, Layout, hf_model, logits, verify
+from checkpoint_convert.verify import Layout, hf_model, logits, verify
 from checkpoint_convert.verify.__main__ import main
 from checkpoint_convert.verify.layouts import combined
 from checkpoint_convert.verify.logits import Subject
 from checkpoint_convert.verify.text import Row, make_row
+from megasft.checks.engine import Finding
 from tests.megatron.runs import ROOT
 from tests.tiny_tokenizer import make_tokenizer
 from tests.unit.checkpoint_convert.tiny_models import save
 
 
-def is_rounding(check: Check) -> bool:
+def is_rounding(check: Finding) -> bool:
     """Whether a difference is at most half of what is allowed, which is 1e-5 of the largest logit.
 
     Another processor sums in another order, which was seen to make 1.7e-6 of it.
     """
-    return check.is_ok and check.figures["max_difference"] <= check.figures["allowed"] / 2
+    return check.is_ok and check.numbers["max_difference"] <= check.numbers["allowed"] / 2
 
 
 def subject(folder: Path, name: str, **more: Any) -> Subject:
@@ -166,29 +167,29 @@ def test_wrong_models_fail_and_the_reason_is_named(
 
     found = check([*cases.values(), *right], tmp_path / "work")
     for (one,) in found[len(cases) :]:
-        assert is_rounding(one), one.detail
+        assert is_rounding(one), one.fact
     by_case = dict(zip(cases, found[: len(cases)], strict=True))
     assert all(not checks[0].is_ok for checks in by_case.values()), by_case
     for name in ("rope", "qk norm", "heads", "bias zero", "join"):
         (one,) = by_case[name]
         # The base is off by a thousandth, and still 36 times what is allowed.
-        assert one.figures["max_difference"] > 15 * one.figures["allowed"], one.detail
-        assert "if the tensors are equal, the configuration or its flags, or a rule" in one.detail
-        assert ("--by-layer tells the two apart" in one.detail) == (name == "bias zero")
-    assert "the vocabularies differ" in by_case["vocabulary"][0].detail or (
-        "index out of range" in by_case["vocabulary"][0].detail
+        assert one.numbers["max_difference"] > 15 * one.numbers["allowed"], one.fact
+        assert "if the tensors are equal, the configuration or its flags, or a rule" in one.fact
+        assert ("--by-layer tells the two apart" in one.fact) == (name == "bias zero")
+    assert "the vocabularies differ" in by_case["vocabulary"][0].fact or (
+        "index out of range" in by_case["vocabulary"][0].fact
     )
-    assert by_case["more vocabulary"][0].detail.endswith("the vocabularies differ")
+    assert by_case["more vocabulary"][0].fact.endswith("the vocabularies differ")
     lacking = "KeyError: 'decoder.layers.self_attention.linear_proj.bias from model not in state"
-    assert lacking in by_case["one tensor more"][0].detail.replace('"', "'")
-    assert not by_case["one tensor more"][0].figures
-    assert "1 tensors of Megatron's model are nan after loading" in by_case["nan"][0].detail
+    assert lacking in by_case["one tensor more"][0].fact.replace('"', "'")
+    assert not by_case["one tensor more"][0].numbers
+    assert "1 tensors of Megatron's model are nan after loading" in by_case["nan"][0].fact
     layers, from_the_right_state = by_case["rope by layer"]
-    assert "wrong: layer 0 (" in layers.detail and "layer 1 (" in layers.detail
+    assert "wrong: layer 0 (" in layers.fact and "layer 1 (" in layers.fact
     assert from_the_right_state.is_ok, "the layers are wrong, and not what is behind them"
     # The first token of each of four documents sees itself alone, whatever its queries are.
-    assert "wrong: layer 0 (204 tokens)" in by_case["heads by layer"][0].detail
-    assert "layer 1 (" not in by_case["heads by layer"][0].detail
+    assert "wrong: layer 0 (204 tokens)" in by_case["heads by layer"][0].fact
+    assert "layer 1 (" not in by_case["heads by layer"][0].fact
     assert not by_case["bias by layer"][0].is_ok
 
 
@@ -245,7 +246,7 @@ def test_experts_and_latent_attention_are_cut_over_processes(tmp_path: Path) -> 
     found = check(subjects, tmp_path / "work")
     for (one,), layout in zip(found, ("TP 2 x PP 2 x EP 2", "TP 1 x PP 2 x EP 2"), strict=True):
         assert one.name == f"logits {layout}"
-        assert is_rounding(one), one.detail
+        assert is_rounding(one), one.fact
 
 
 @pytest.mark.slow
@@ -271,13 +272,13 @@ def test_a_run_that_trained_another_model_than_its_folder_describes_fails(tmp_pa
     runs.append(replace(runs[0], hf=half, rounded_to=torch.bfloat16))
     runs.append(replace(runs[-1], by_layer=True))
     (ok,), (wrong,), (rounded,), by_layer = check(runs, tmp_path / "work")
-    assert is_rounding(rounded), rounded.detail
+    assert is_rounding(rounded), rounded.fact
     assert all(each.is_ok for each in by_layer), by_layer
     assert verify(half, runs[0].checkpoint, layouts=[Layout()]).is_ok
-    assert is_rounding(ok), ok.detail
+    assert is_rounding(ok), ok.fact
     assert not wrong.is_ok
-    assert "trained as another model than config.json describes" in wrong.detail
-    assert "rotary_base is 10000 and not 1000000" in wrong.detail
+    assert "trained as another model than config.json describes" in wrong.fact
+    assert "rotary_base is 10000 and not 1000000" in wrong.fact
 
 
 def by_layer(hf: Path, folder: Path) -> tuple[Row, torch.Tensor]:
@@ -352,11 +353,11 @@ def test_by_layer_needs_the_memory_of_a_layer_and_tells_ties_from_faults(tmp_pat
     ]
     found = dict(zip(("tiny", "tied", "large"), check(subjects, tmp_path / "work"), strict=False))
     for name, (layers, one) in found.items():
-        assert layers.is_ok and one.is_ok, (name, layers.detail, one.detail)
-        assert layers.figures["max_relative_error"] < layers.figures["allowed"] / 4
-    assert 1 <= found["tied"][0].figures["near_a_tie"] <= 3
-    assert "whose experts rounding may change" in found["tied"][0].detail
-    peaks = [found[name][0].figures["megatron_peak_bytes"] for name in ("tied", "large")]
+        assert layers.is_ok and one.is_ok, (name, layers.fact, one.fact)
+        assert layers.numbers["max_relative_error"] < layers.numbers["allowed"] / 4
+    assert 1 <= found["tied"][0].numbers["near_a_tie"] <= 3
+    assert "whose experts rounding may change" in found["tied"][0].fact
+    peaks = [found[name][0].numbers["megatron_peak_bytes"] for name in ("tied", "large")]
     # Seen: 0.29 of the model, and 0.42 below; with all of it in memory 1.14.
     assert peaks[1] - peaks[0] < 0.6 * num_bytes, peaks
     hf_peaks = peaks_of_hugging_face(tmp_path, "tied_hf", "large_hf")
