@@ -245,7 +245,7 @@ def test_experts_and_latent_attention_are_cut_over_processes(tmp_path: Path) -> 
     assert [each.layouts[0].ranks for each in subjects] == [4, 4]
     found = check(subjects, tmp_path / "work")
     for (one,), layout in zip(found, ("TP 2 x PP 2 x EP 2", "TP 1 x PP 2 x EP 2"), strict=True):
-        assert one.name == f"logits {layout}"
+        assert one.rule == f"logits {layout}"
         assert is_rounding(one), one.fact
 
 
