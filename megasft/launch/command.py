@@ -61,7 +61,7 @@ def after(run: Run) -> list[str] | None:
     """Return the command that exports the last checkpoint."""
     if run.export is None:
         return None
-    paths = prepare.export_command(run)[3:]
+    paths = prepare.export_command(run.export)[3:]
     return [program("megasft"), "convert", "megatron-to-hf", *paths]
 
 

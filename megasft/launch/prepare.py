@@ -17,17 +17,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import orjson
 
 from megasft.errors import ConversionError, FlagError
 from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
-
-if TYPE_CHECKING:
-    from megasft.launch.run import Conversion, Run
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +36,21 @@ DIGITS: Final = 12
 SECONDS_BETWEEN_LOOKS: Final = 1.0
 MOST_HASHED_BYTES: Final = 64 * 2**20
 """A larger file is told by its size and time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """A Hugging Face folder and the checkpoint that is made of it, before the run or after.
+
+    Attributes:
+        like: What an export takes configuration and tokenizer from.
+        is_verified: Whether the result is compared with its source.
+    """
+
+    source: Path
+    output: Path
+    like: Path | None = None
+    is_verified: bool = True
 
 
 def converted_flags(folder: Path) -> tuple[str, ...] | None:
@@ -105,7 +118,7 @@ def convert(conversion: Conversion, environ: Mapping[str, str]) -> None:
         _run(convert_command(conversion), environ, what=f"{conversion.source} was not converted")
 
 
-def export(run: Run, environ: Mapping[str, str]) -> None:
+def export(export: Conversion | None, environ: Mapping[str, str]) -> None:
     """Convert the last checkpoint to Hugging Face when training is complete, else say why not.
 
     An earlier export is replaced when the new one is whole and verified; of the same step it stays.
@@ -113,12 +126,12 @@ def export(run: Run, environ: Mapping[str, str]) -> None:
     Raises:
         ConversionError: The conversion failed; the checkpoint is untouched.
     """
-    if run.export is None:
+    if export is None:
         return
-    if not (run.export.source / COMPLETE).is_file():
+    if not (export.source / COMPLETE).is_file():
         logger.info("not exported: the run was told to end early; the same command goes on")
         return
-    _run(export_command(run), environ, what=f"{run.export.source} was not exported")
+    _run(export_command(export), environ, what=f"{export.source} was not exported")
 
 
 def convert_command(conversion: Conversion) -> list[str]:
@@ -127,12 +140,11 @@ def convert_command(conversion: Conversion) -> list[str]:
     return [sys.executable, "-m", TO_MEGATRON, *paths, *_no_verify(conversion)]
 
 
-def export_command(run: Run) -> list[str]:
+def export_command(export: Conversion) -> list[str]:
     """Return the command that converts the last checkpoint."""
-    assert run.export is not None
-    paths = ["--checkpoint", str(run.export.source), "--like", str(run.converted)]
-    paths += ["--output", str(run.export.output), "--update"]
-    return [sys.executable, "-m", TO_HF, *paths, *_no_verify(run.export)]
+    paths = ["--checkpoint", str(export.source), "--like", str(export.like)]
+    paths += ["--output", str(export.output), "--update"]
+    return [sys.executable, "-m", TO_HF, *paths, *_no_verify(export)]
 
 
 def _no_verify(conversion: Conversion) -> list[str]:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from megasft.errors import FlagError, MissingPackageError
-from megasft.launch import failure, prepare, saved
+from megasft.launch import prepare, saved
 from megasft.launch.ray_actor import SECONDS_TO_STOP, Outcome, RankActor, Seat
 from megasft.launch.run import MODULE, Run
+from megasft.ranks import failure
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def run_on_ray(run: Run, environ: Mapping[str, str]) -> int:
         if is_ours:
             ray.shutdown()
     if code == 0:
-        prepare.export(run, environ)
+        prepare.export(run.export, environ)
     return code
 
 

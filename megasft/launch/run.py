@@ -19,27 +19,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megasft.errors import ConversionError, FlagError
-from megasft.launch import written
+from megasft.launch import prepare, written
 from megasft.launch.catalog import LAUNCH, OWN_KEYS, SECTIONS, Catalog
 from megasft.launch.config import Setting, read
+from megasft.launch.prepare import Conversion
 from megasft.launch.settings import LAUNCH_HELP, Launch, complete, rank_environment
 from megasft.launch.written import Hidden
 
 MODULE: Final = "megasft.pretrain_sft"
 RESUME: Final = ("auto", "never")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
-    """A Hugging Face folder and the checkpoint that is made of it, before the run or after.
-
-    Attributes:
-        is_verified: Whether the result is compared with its source.
-    """
-
-    source: Path
-    output: Path
-    is_verified: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +190,6 @@ class _Model:
     @classmethod
     def read(cls, settings: Mapping[str, Setting], save: Path | None) -> _Model:
         """Look at the folder; a converted checkpoint is used as it is."""
-        from megasft.launch import prepare
-
         setting = settings.get("model.hf")
         folder = _path(setting)
         if folder is None or setting is None:
@@ -258,7 +244,9 @@ def _export(settings: Mapping[str, Setting], save: Path | None, model: _Model) -
             f"{setting.place}: checkpoint.export_hf {output} exists and {reason}; move it away, or "
             "name another folder"
         )
-    return Conversion(source=save, output=output, is_verified=_verify(settings))
+    return Conversion(
+        source=save, output=output, like=model.converted, is_verified=_verify(settings)
+    )
 
 
 def _verify(settings: Mapping[str, Setting]) -> bool:

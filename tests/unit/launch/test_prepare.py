@@ -4,15 +4,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megasft.errors import ConversionError
 from megasft.launch import prepare
-from megasft.launch.prepare import MODEL_FILE, cache_name, fingerprint
-from megasft.launch.run import Conversion, Run
+from megasft.launch.prepare import MODEL_FILE, Conversion, cache_name, fingerprint
+from megasft.launch.run import Run
 from megasft.training.saving import COMPLETE
 
 
@@ -128,8 +127,8 @@ def test_a_model_is_exported_when_training_is_complete(
     commands: list[list[str]] = []
     monkeypatch.setattr(prepare, "_run", lambda words, *a, **k: commands.append(words))
 
-    prepare.export(run, {})
-    prepare.export(replace(run, export=None), {})
+    prepare.export(run.export, {})
+    prepare.export(None, {})
 
     assert run.export.is_verified
     words = ["--checkpoint", "ckpt/run", "--like", "converted", "--output", "out", "--update"]

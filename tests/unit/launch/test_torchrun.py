@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from megasft.launch import command, torchrun
+from megasft.launch import command
+from megasft.launch import torchrun as launch
 from megasft.launch.run import Run
 from megasft.launch.torchrun import run_here
+from megasft.ranks import torchrun
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -95,9 +97,8 @@ sys.exit(10 + len(heard))
 def test_a_torchrun_that_drops_a_signal_gets_it_again_until_it_has_heard_one(
     start: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torchrun, "torchrun_command", lambda run: [sys.executable, "-c", DEAF, str(run.log_dir)]
-    )
+    deaf = [sys.executable, "-c", DEAF]
+    monkeypatch.setattr(launch, "torchrun_command", lambda run: [*deaf, str(run.log_dir)])
     assert start("refuse", "launch.max_restarts=12") == 12
 
 
@@ -105,7 +106,7 @@ PROGRAM = """
 import os, sys
 from dataclasses import replace
 from pathlib import Path
-from megasft.launch import command, torchrun
+from megasft.launch import command
 from megasft.launch.run import resolve
 from megasft.launch.torchrun import run_here
 from megasft.pretrain_sft import configure_logging

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megasft.launch.failure import Ended, Failure, first_failure, last_error, seen_ended
+from megasft.ranks.failure import Ended, Failure, first_failure, last_error, seen_ended
 
 OWN = "Traceback (most recent call last):\n  File 'a'\nValueError: it is wrong"
 OF_ANOTHER = (
