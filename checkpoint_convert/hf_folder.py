@@ -7,7 +7,8 @@ from typing import Final
 import orjson
 import torch
 
-from checkpoint_convert.files import MANIFEST
+from checkpoint_convert.files import MANIFEST, SIDE_FOLDER
+from megasft.errors import ConversionError
 
 WEIGHT_ENDINGS: Final = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
@@ -23,6 +24,22 @@ TOKENIZER_FILES: Final = frozenset(
 )
 
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
+
+
+def side_folder(like: Path | None, *, checkpoint: Path) -> Path:
+    """Return the folder that holds ``config.json`` and the tokenizer.
+
+    Raises:
+        ConversionError: Neither ``like`` nor the checkpoint has one.
+    """
+    for folder in [checkpoint] if like is None else [like]:
+        for candidate in (folder / SIDE_FOLDER, folder):
+            if (candidate / "config.json").is_file():
+                return candidate
+    raise ConversionError(
+        f"{like or checkpoint} has neither {SIDE_FOLDER}/config.json nor config.json; give with "
+        "--like the converted checkpoint training started from, or the Hugging Face folder"
+    )
 
 
 def side_files(folder: Path) -> list[str]:

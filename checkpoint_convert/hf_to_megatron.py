@@ -25,6 +25,7 @@ import torch
 from checkpoint_convert import hf_folder
 from checkpoint_convert.cli import OWN, Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, read_model
+from checkpoint_convert.engines.convert import to_megatron
 from checkpoint_convert.files import FORMAT, MODEL_FILE, SIDE_FOLDER
 from checkpoint_convert.hf_tensors import HFTensors
 from checkpoint_convert.megatron_writer import CheckpointWriter
@@ -45,6 +46,7 @@ from checkpoint_convert.tensor_map import (
     require_hf_names,
     require_tied,
 )
+from checkpoint_convert.verify.after import same_checkpoint
 from megasft.errors import ConversionError
 
 
@@ -173,8 +175,14 @@ def _write_model_file(
     (folder / MODEL_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Parse, convert, verify, print; return the exit code."""
+def main(argv: Sequence[str] | None = None, *, worker: str | None, prog: str | None = None) -> int:
+    """Parse, convert, verify, print; return the exit code.
+
+    Args:
+        argv: Default: of this process.
+        worker: Module that runs Megatron's model for the verification; None: it runs no model.
+        prog: How the program is called.
+    """
     parser = argparse.ArgumentParser(
         prog=prog or "python -m checkpoint_convert.hf_to_megatron",
         description="Convert a Hugging Face folder into a Megatron checkpoint for any layout, and "
@@ -191,14 +199,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     )
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
-    from checkpoint_convert.verify.after import same_checkpoint  # which imports this module
-
-    check = None if args.no_verify else same_checkpoint(args.hf, args.output)
+    check = None if args.no_verify else same_checkpoint(args.hf, args.output, worker=worker)
     if args.engine != OWN:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             parser.error(f"--engine {args.engine} works in one process; start it without torchrun")
-        from checkpoint_convert.engines.convert import to_megatron
-
         return exit_code(
             lambda: to_megatron(
                 args.engine, args.hf, args.output, overwrite=args.overwrite, check=check
@@ -220,4 +224,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The program chooses whose model is run, the package does not.
+    from megasft.run import forward_worker
+
+    sys.exit(main(worker=forward_worker.__name__))

@@ -7,22 +7,16 @@ disk.
 """
 
 import warnings
-from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoint_convert.pieces import Piece
 from megasft.compat import require_megatron
 from megasft.errors import ConversionError
+from megasft.megatron.shard_reader import ShardReader
 
 TRACKER: Final = "latest_checkpointed_iteration.txt"
 RELEASE: Final = "release"
@@ -95,21 +89,18 @@ class PieceReader:
             ConversionError: The metadata cannot be read, or a file it names is missing or cut off.
         """
         import_megatron()  # the metadata file may name its classes
-        self._reader = _Narrowed(folder)
         try:
-            self._metadata = self._reader.read_metadata()
+            self._reader = ShardReader(folder)
         except Exception as error:  # whatever a broken pickle raises
             raise ConversionError(
                 f"{folder / '.metadata'} cannot be read ({error!r}); take another --iteration"
             ) from error
-        _require_files(folder, self._metadata)
+        _require_files(folder, self._reader.everything)
         self._entries = {
             key: entry
-            for key, entry in self._metadata.state_dict_metadata.items()
+            for key, entry in self._reader.everything.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not _is_training_state(key)
         }
-        self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
-        self._indexed: set[tuple[str, int]] = set()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -132,57 +123,14 @@ class PieceReader:
     def read(self, piece: Piece) -> torch.Tensor:
         """Read one piece, without the leading axes."""
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
-        from megatron.core.dist_checkpointing.strategies.checkpointable import (
-            CheckpointableShardedTensor,
-        )
 
         entry = self._entries[piece.key]
         num_axes = len(piece.axes)
         shape = (*(1 for _ in piece.axes), *entry.size[num_axes:])
         data = torch.empty(shape, dtype=entry.properties.dtype)
         offsets = [(i, *at) for i, at in enumerate(zip(piece.place, piece.axes, strict=True))]
-        shard = ShardedTensor.from_rank_offsets(piece.key, data, *offsets)
-        self._reader.narrow(
-            Metadata(
-                {
-                    piece.key: TensorStorageMetadata(
-                        entry.properties, entry.size, self._chunks_at(piece)
-                    )
-                },
-                storage_data=self._metadata.storage_data,
-            )
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process is not a distributed run
-            load(
-                {piece.key: CheckpointableShardedTensor.from_sh_ten(shard)},
-                storage_reader=self._reader,
-                no_dist=True,
-            )
+        self._reader.fill([ShardedTensor.from_rank_offsets(piece.key, data, *offsets)])
         return data[(0,) * num_axes]
-
-    def _chunks_at(self, piece: Piece) -> list[ChunkStorageMetadata]:
-        """Return the chunks with content of a piece; torch would look through all of a tensor's."""
-        num_axes = len(piece.axes)
-        if (piece.key, num_axes) not in self._indexed:
-            self._indexed.add((piece.key, num_axes))
-            for chunk in self._entries[piece.key].chunks:
-                ranges = zip(chunk.offsets[:num_axes], chunk.sizes[:num_axes], strict=True)
-                for place in product(*(range(start, start + size) for start, size in ranges)):
-                    self._chunks.setdefault((piece.key, place), []).append(chunk)
-        return self._chunks.get((piece.key, piece.place), [])
-
-
-class _Narrowed(FileSystemReader):
-    """Torch's reader, with the metadata of one piece in place of the checkpoint's."""
-
-    narrowed: Metadata | None = None
-
-    def narrow(self, metadata: Metadata) -> None:
-        self.narrowed = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.narrowed or super().read_metadata(*args, **kwargs)
 
 
 def _require_files(folder: Path, metadata: Metadata) -> None:

@@ -22,7 +22,8 @@ import torch
 from checkpoint_convert import hf_folder, hf_shards, megatron_checkpoint, origin
 from checkpoint_convert.cli import OWN, Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, parse_dtype, read_model
-from checkpoint_convert.files import FORMAT, SIDE_FOLDER
+from checkpoint_convert.engines.convert import to_hf
+from checkpoint_convert.files import FORMAT
 from checkpoint_convert.megatron_checkpoint import PieceReader
 from checkpoint_convert.output_folder import (
     describe_files,
@@ -34,6 +35,7 @@ from checkpoint_convert.pieces import Piece, pieces
 from checkpoint_convert.progress import progress_bar
 from checkpoint_convert.team import ALONE, Team, joined
 from checkpoint_convert.tensor_map import require_axes, require_keys, split_piece
+from checkpoint_convert.verify.after import same_folder
 from megasft.errors import ConversionError
 
 
@@ -70,7 +72,7 @@ def convert(
     Raises:
         ConversionError: The checkpoint is not whole, or is not the model of the configuration.
     """
-    side = side_folder(like, checkpoint=checkpoint)
+    side = hf_folder.side_folder(like, checkpoint=checkpoint)
     if output.resolve() in (checkpoint.resolve(), side.resolve()):
         raise ConversionError(f"--output {output} is where the input lies; choose another")
     if update:
@@ -198,22 +200,6 @@ def _report(
     )
 
 
-def side_folder(like: Path | None, *, checkpoint: Path) -> Path:
-    """Return the folder that holds ``config.json`` and the tokenizer.
-
-    Raises:
-        ConversionError: Neither ``like`` nor the checkpoint has one.
-    """
-    for folder in [checkpoint] if like is None else [like]:
-        for candidate in (folder / SIDE_FOLDER, folder):
-            if (candidate / "config.json").is_file():
-                return candidate
-    raise ConversionError(
-        f"{like or checkpoint} has neither {SIDE_FOLDER}/config.json nor config.json; give with "
-        "--like the converted checkpoint training started from, or the Hugging Face folder"
-    )
-
-
 def _dtypes(stored: Sequence[torch.dtype], written: Mapping[str, torch.Tensor]) -> str:
     before, after = (
         " ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
@@ -222,24 +208,24 @@ def _dtypes(stored: Sequence[torch.dtype], written: Mapping[str, torch.Tensor]) 
     return after if before == after else f"{after}, rounded from {before}"
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Parse, convert, verify, print; return the exit code."""
+def main(argv: Sequence[str] | None = None, *, worker: str | None, prog: str | None = None) -> int:
+    """Parse, convert, verify, print; return the exit code.
+
+    Args:
+        argv: Default: of this process.
+        worker: Module that runs Megatron's model for the verification; None: it runs no model.
+        prog: How the program is called.
+    """
     parser = _parser(prog)
     args = parser.parse_args(argv)
-    from checkpoint_convert.verify.after import same_folder  # which imports this module
-
-    check = (
-        None
-        if args.no_verify
-        else same_folder(args.checkpoint, args.output, iteration=args.iteration)
-    )
+    check = None
+    if not args.no_verify:
+        check = same_folder(args.checkpoint, args.output, worker=worker, iteration=args.iteration)
     if args.engine != OWN:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             parser.error(f"--engine {args.engine} works in one process; start it without torchrun")
         if args.update:
             parser.error(f"--update works with --engine {OWN}; use --overwrite")
-        from checkpoint_convert.engines.convert import to_hf
-
         return exit_code(
             lambda: to_hf(
                 args.engine,
@@ -308,4 +294,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The program chooses whose model is run, the package does not.
+    from megasft.run import forward_worker
+
+    sys.exit(main(worker=forward_worker.__name__))

@@ -13,7 +13,6 @@ import orjson
 from checkpoint_convert import engines, hf_folder, megatron_checkpoint
 from checkpoint_convert.files import FORMAT, MODEL_FILE, SIDE_FOLDER
 from checkpoint_convert.hf_tensors import HFTensors
-from checkpoint_convert.megatron_to_hf import side_folder
 from checkpoint_convert.output_folder import (
     SOURCE_FILE,
     describe_files,
@@ -96,7 +95,7 @@ def to_hf(
         ConversionError: The bridge is not there or fails, or ``check`` does.
     """
     engines.require(engine)
-    side = side_folder(like, checkpoint=checkpoint)
+    side = hf_folder.side_folder(like, checkpoint=checkpoint)
     if not list(side.glob("*.safetensors")):
         raise ConversionError(
             f"{side} has no weights, and --engine {engine} builds its model from the original "

@@ -7,8 +7,7 @@ both are compared, and Megatron's side is what a training run builds and loads.
 """
 
 from checkpoint_convert.verify.checks import verify
-from checkpoint_convert.verify.layouts import Layout
 from checkpoint_convert.verify.logits import TOLERANCE
 from checkpoint_convert.verify.verification import Verification, show
 
-__all__ = ["TOLERANCE", "Layout", "Verification", "show", "verify"]
+__all__ = ["TOLERANCE", "Verification", "show", "verify"]

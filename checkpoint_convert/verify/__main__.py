@@ -69,7 +69,10 @@ def parser(*, prog: str) -> argparse.ArgumentParser:
 
 
 def main(
-    argv: Sequence[str] | None = None, *, prog: str = "python -m checkpoint_convert.verify"
+    argv: Sequence[str] | None = None,
+    *,
+    worker: str,
+    prog: str = "python -m checkpoint_convert.verify",
 ) -> int:
     """Parse, verify, print; return the exit code."""
     args = parser(prog=prog).parse_args(argv)
@@ -77,9 +80,9 @@ def main(
         verification = verify(
             args.hf,
             args.checkpoint,
+            worker=None if args.no_logits else worker,
             hf_out=args.hf_out,
             layouts=[parse_layout(text) for text in args.layout] if args.layout else None,
-            logits=not args.no_logits,
             by_layer=True if args.by_layer else False if args.whole else None,
             tolerance=args.tolerance,
             manifest=args.manifest,
@@ -93,4 +96,7 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The program chooses whose model is run, the package does not.
+    from megasft.run import forward_worker
+
+    sys.exit(main(worker=forward_worker.__name__))

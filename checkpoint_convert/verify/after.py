@@ -13,26 +13,30 @@ from checkpoint_convert.verify.verification import Verification, show
 from megasft.errors import ConversionError
 
 
-def same_checkpoint(hf: Path, output: Path) -> Callable[[Path], None]:
+def same_checkpoint(hf: Path, output: Path, *, worker: str | None) -> Callable[[Path], None]:
     """Return the check of a checkpoint made from a Hugging Face folder.
 
     Args:
         hf: The folder.
         output: The name that the checkpoint will get.
+        worker: As of ``verify``.
     """
 
     def check(folder: Path) -> None:
-        _require_same(verify(hf, folder, called={folder: output}), folder, output)
+        _require_same(verify(hf, folder, worker=worker, called={folder: output}), folder, output)
 
     return check
 
 
-def same_folder(checkpoint: Path, output: Path, *, iteration: int | None) -> Callable[[Path], None]:
+def same_folder(
+    checkpoint: Path, output: Path, *, worker: str | None, iteration: int | None
+) -> Callable[[Path], None]:
     """Return the check of a Hugging Face folder made from a checkpoint.
 
     Args:
         checkpoint: What ``--save`` named.
         output: The name that the folder will get.
+        worker: As of ``verify``.
         iteration: Of the checkpoint; default: the latest.
     """
 
@@ -40,6 +44,7 @@ def same_folder(checkpoint: Path, output: Path, *, iteration: int | None) -> Cal
         found = verify(
             folder,
             checkpoint,
+            worker=worker,
             iteration=iteration,
             manifest=folder / "verification.json",
             called={folder: output},

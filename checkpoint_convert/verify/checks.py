@@ -17,19 +17,20 @@ from checkpoint_convert.tensor_map import EMBEDDING
 from checkpoint_convert.verify import logits as logits_of
 from checkpoint_convert.verify import manifest as manifests
 from checkpoint_convert.verify import memory, side_files, tensors
-from checkpoint_convert.verify.layouts import Layout, combined
+from checkpoint_convert.verify.layouts import combined, name_of
 from checkpoint_convert.verify.verification import Verification, failed
 from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
+from megasft.ranks.layout import Layout
 
 
 def verify(
     hf: Path,
     checkpoint: Path,
     *,
+    worker: str | None,
     hf_out: Path | None = None,
     layouts: Sequence[Layout] | None = None,
-    logits: bool = True,
     by_layer: bool | None = None,
     tolerance: float = logits_of.TOLERANCE,
     manifest: Path | None = None,
@@ -41,9 +42,10 @@ def verify(
     Args:
         hf: Hugging Face folder; the truth.
         checkpoint: Converted checkpoint, or what ``--save`` named.
+        worker: Module that runs Megatron's model in processes of its own, a list of
+            ``megatron.forward.Case``; None: neither model is run.
         hf_out: Folder converted back from the checkpoint, which should equal ``hf``.
         layouts: Of Megatron's model; default: one process, and two of everything that divides.
-        logits: Whether both models are run.
         by_layer: Run them with one layer in memory; default: when the model in float32 needs more
             than half of the memory that is there.
         tolerance: Largest difference of logits, relative to the largest logit or 1.
@@ -67,7 +69,7 @@ def verify(
     with _progress() as progress:
         run = _Run(hf, checkpoint, source, hf_out, model, progress)
         checks = [side_files.check_side_folder(hf, checkpoint)]
-        if engine and not logits:
+        if engine and worker is None:
             detail = f"made by {engine}, so the logits are all there is to compare"
             checks.append(failed("logits", f"{detail}, and they were left out"))
         if not engine:
@@ -75,9 +77,9 @@ def verify(
             checks.append(run.tensors(stored))
         if hf_out is not None and returned is not None:
             checks += run.returned(stored, hf_out, returned)
-        if logits:
+        if worker is not None:
             subject = _subject(run, stored, layouts, by_layer=by_layer, tolerance=tolerance)
-            checks += run.logits(subject)
+            checks += run.logits(subject, worker)
     names = called or {}
     verification = Verification(
         hf=str(names.get(hf, hf)),
@@ -136,12 +138,13 @@ class _Run:
             ),
         ]
 
-    def logits(self, subject: logits_of.Subject) -> list[Finding]:
+    def logits(self, subject: logits_of.Subject, worker: str) -> list[Finding]:
         bar = self.progress.add_task("logits", total=logits_of.count(subject))
         with tempfile.TemporaryDirectory(prefix="megasft-verify-") as folder:
             try:
                 (checks,) = logits_of.check_logits(
                     [subject],
+                    worker=worker,
                     folder=Path(folder),
                     done=lambda steps: self.progress.update(bar, completed=steps),
                 )
@@ -173,7 +176,7 @@ def _subject(
     elif not layouts:
         too_large = [layout for layout in chosen if not memory.fits(layout, size)]
         too_large = [layout for layout in too_large if layout.ranks > 1]
-        notes += [f"{layout.name} left out for want of memory" for layout in too_large]
+        notes += [f"{name_of(layout)} left out for want of memory" for layout in too_large]
         chosen = tuple(layout for layout in chosen if layout not in too_large)
     rounded_to = None if run.source.name == RELEASE else stored.dtype(EMBEDDING)
     if rounded_to is torch.float32:

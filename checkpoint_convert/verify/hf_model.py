@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,8 +11,8 @@ import torch
 
 from checkpoint_convert.hf_tensors import HFTensors
 from checkpoint_convert.tensor_map import EMBEDDING, OUTPUT
-from checkpoint_convert.verify.empty import take_weights, without_weights
 from checkpoint_convert.verify.text import Row
+from megasft.megatron.layer_weights import give_when_used, without_weights
 
 NUDGE: Final = 1e-6
 """Relative size of a change of a layer's input as rounding makes them: a few times what two
@@ -74,31 +75,23 @@ def logits_by_layer(
     weights = _Weights(model, HFTensors(folder))
     layers = model.base_model.layers
 
-    def enter(i: int) -> Callable[..., None]:
-        def hook(layer: Any, args: Any, kwargs: Any) -> None:
-            state = args[0] if args else kwargs["hidden_states"]
-            torch.save(row.flat(state), hidden / f"{i}.pt")
-            weights.give_layer(i)
+    def enter(i: int, _: Any, args: Any, kwargs: Any) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        torch.save(row.flat(state), hidden / f"{i}.pt")
 
-        return hook
-
-    def leave(i: int) -> Callable[..., None]:
-        def hook(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-            near = _near_a_tie(layer, args, kwargs, output)
-            torch.save(row.flat(near), hidden / f"{i}.near.pt")
-            take_weights(layer)
-            done()
-
-        return hook
+    def leave(i: int, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        near = _near_a_tie(layer, args, kwargs, output)
+        torch.save(row.flat(near), hidden / f"{i}.near.pt")
+        done()
 
     for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(enter(i), with_kwargs=True)
-        layer.register_forward_hook(leave(i), with_kwargs=True)
+        layer.register_forward_pre_hook(partial(enter, i), with_kwargs=True)
+        layer.register_forward_hook(partial(leave, i), with_kwargs=True)
+        give_when_used(layer, lambda _, i=i: weights.give_layer(i))  # type: ignore[misc]
     for name, module in model.named_modules():
         is_outside = not any(module is part for layer in layers for part in layer.modules())
         if is_outside and any(True for _ in module.named_parameters(recurse=False)):
-            module.register_forward_pre_hook(lambda m, _, n=name: weights.give(m, n))
-            module.register_forward_hook(lambda m, *_: take_weights(m))
+            give_when_used(module, partial(weights.give, name=name))
     model.base_model.norm.register_forward_pre_hook(
         lambda _, args: torch.save(row.flat(args[0]), hidden / f"{len(layers)}.pt")
     )

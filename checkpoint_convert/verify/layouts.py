@@ -5,49 +5,33 @@ sizes do not divide by is left whole: the check is of the checkpoint, not of Meg
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 
 from checkpoint_convert.config_map import Model
 from megasft.errors import ConversionError
+from megasft.ranks.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Sizes of the parallel groups.
+def layout_of(*, tp: int = 1, pp: int = 1, ep: int = 1) -> Layout:
+    """Return a layout of these sizes on the fewest ranks: experts use tensor-parallel ones, too."""
+    return Layout(pp * max(tp, ep), tp=tp, pp=pp, ep=ep)
 
-    Attributes:
-        tp: Tensor-parallel ranks; a model with experts has sequence parallelism with it.
-        pp: Pipeline stages.
-        ep: Expert-parallel ranks, taken from the tensor-parallel ones where these suffice.
-    """
 
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
+def name_of(layout: Layout) -> str:
+    """Return a verification's name of a layout, as in ``TP 2 x PP 2``."""
+    sizes = (("TP", layout.tp), ("PP", layout.pp), ("EP", layout.ep))
+    return " x ".join(f"{n} {size}" for n, size in sizes if size > 1 or n == "TP")
 
-    @property
-    def ranks(self) -> int:
-        """Processes it takes."""
-        return self.pp * max(self.tp, self.ep)
 
-    @property
-    def name(self) -> str:
-        """The layout in words, as in ``TP 2 x PP 2``."""
-        sizes = (("TP", self.tp), ("PP", self.pp), ("EP", self.ep))
-        return " x ".join(f"{n} {size}" for n, size in sizes if size > 1 or n == "TP")
-
-    def flags(self, *, has_experts: bool) -> list[str]:
-        """Return Megatron's flags."""
-        flags = ["--tensor-model-parallel-size", str(self.tp)]
-        flags += ["--pipeline-model-parallel-size", str(self.pp)]
-        if has_experts:
-            flags += ["--expert-model-parallel-size", str(self.ep)]
-            if self.ep > 1:
-                # Whole experts on each rank, so that they can be dealt over the TP ranks, too.
-                flags += ["--expert-tensor-parallel-size", "1"]
-            if self.tp > 1:  # Megatron refuses experts with TP without it
-                flags.append("--sequence-parallel")
-        return flags
+def flags_of(layout: Layout, model: Model) -> tuple[str, ...]:
+    """Return Megatron's flags for a model at a layout."""
+    if not model.num_experts:
+        layout = replace(layout, ep=1)
+    else:
+        # Whole experts on each rank, so that TP ranks can have different ones. Megatron refuses
+        # experts with TP without sequence parallelism.
+        layout = replace(layout, etp=int(layout.ep > 1), sp=layout.tp > 1)
+    return tuple(layout.flags(num_layers=model.num_layers))
 
 
 def combined(model: Model) -> Layout:
@@ -62,7 +46,7 @@ def combined(model: Model) -> Layout:
     can_cut = "--multi-latent-attention" not in model.flags and all(
         size % 2 == 0 for size in (*heads, model.vocab_size, *(m for m in mlp if m))
     )
-    return Layout(
+    return layout_of(
         tp=2 if can_cut else 1,
         pp=2 if model.num_layers % 2 == 0 else 1,
         ep=2 if model.num_experts and model.num_experts % 2 == 0 else 1,
@@ -73,11 +57,11 @@ def parse_layout(text: str) -> Layout:
     """Read a layout as a user writes it.
 
     Raises:
-        ConversionError: It is none.
+        ConversionError: It is not one.
 
     Example:
-        >>> parse_layout("tp2,pp2")
-        Layout(tp=2, pp=2, ep=1)
+        >>> parse_layout("tp2,pp2").flags(num_layers=4)[:2]
+        ['--tensor-model-parallel-size', '2']
     """
     sizes = {}
     for part in text.lower().split(","):
@@ -87,7 +71,7 @@ def parse_layout(text: str) -> Layout:
                 f"--layout {text!r}: {part!r} is no size; write sizes as in tp2,pp2,ep2"
             )
         sizes[match[1]] = int(match[2])
-    layout = Layout(**sizes)
+    layout = layout_of(**sizes)
     if max(layout.tp, layout.ep) % min(layout.tp, layout.ep):
         raise ConversionError(
             f"--layout {text!r}: of tp {layout.tp} and ep {layout.ep} one must divide the other"

@@ -8,8 +8,7 @@ in the smallest way tried, a rope base off by a thousandth, it is 1.5e-3.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +17,16 @@ import torch
 
 from checkpoint_convert.config_map import Model
 from checkpoint_convert.files import MODEL_FILE
-from checkpoint_convert.verify import hf_model, workers
+from checkpoint_convert.verify import hf_model
 from checkpoint_convert.verify.hf_model import LAYER_TOLERANCE
-from checkpoint_convert.verify.layouts import Layout
+from checkpoint_convert.verify.layouts import flags_of, name_of
 from checkpoint_convert.verify.text import Row, make_row
 from checkpoint_convert.verify.verification import failed, passed
 from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
+from megasft.megatron.forward import Case
+from megasft.ranks import jobs
+from megasft.ranks.layout import Layout
 
 TOLERANCE: Final = 1e-5
 """Of the largest logit, or of 1 when all are smaller: some hundred roundings of float32 (6e-8) on
@@ -35,6 +37,11 @@ MOST_NEAR_A_TIE: Final = 0.1
 """Share of the tokens of a layer whose experts may be a matter of rounding; above it a comparison
 proves too little."""
 
+SILENT_SECONDS: Final = 1800
+"""Processes that show nothing for so long hang: a layer takes seconds, a whole model minutes."""
+
+WANTED: Final = "wanted.pt"
+"""File of Hugging Face's logits."""
 
 SHOWN: Final = 6
 """Layers that a report names, of those that are wrong."""
@@ -73,17 +80,25 @@ class _Planned:
     subject: Subject
     layout: Layout
     row: Row
-    wanted: Path
-    case: workers.Case
+    case: Case
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.case.output).parent
+
+    @property
+    def num_steps(self) -> int:
+        return self.case.num_layers_done or int(Path(self.case.output).exists())
 
 
 def check_logits(
-    subjects: Sequence[Subject], *, folder: Path, done: Callable[[int], None]
+    subjects: Sequence[Subject], *, worker: str, folder: Path, done: Callable[[int], None]
 ) -> list[list[Finding]]:
     """Compare the logits of several checkpoints; cases of one number of processes share a start.
 
     Args:
         subjects: What to compare.
+        worker: Module that runs Megatron's side, a list of ``Case``.
         folder: For logits and hidden states; the caller removes it.
         done: Called with how many steps are done, of ``count`` for each subject.
 
@@ -96,30 +111,37 @@ def check_logits(
     planned: list[_Planned] = []
     steps = 0
     for number, subject in enumerate(subjects):
-        planned += _plan(subject, folder / str(number), partial(_offset, done, steps))
+        planned += _plan(subject, folder / str(number), lambda n, at=steps: done(at + n))  # type: ignore[misc]
         steps += _hf_steps(subject)
+
+    def num_steps() -> int:
+        of_megatron = sum(plan.num_steps for plan in planned)
+        done(steps + of_megatron)
+        return of_megatron
+
     failures: dict[str, str] = {}
     for ranks in sorted({plan.layout.ranks for plan in planned}):
         cases = [plan.case for plan in planned if plan.layout.ranks == ranks]
-        failures |= workers.run(
-            cases,
-            ranks=ranks,
+        ended = jobs.run(
+            [asdict(case) for case in cases],
+            world_size=ranks,
+            module=worker,
             folder=folder,
-            watch=lambda: done(steps + sum(_steps_done(plan) for plan in planned)),
+            silent_seconds=SILENT_SECONDS,
+            imports=(worker,),
+            num_steps=num_steps,
+            advice="; try --by-layer",
         )
+        failures |= {c.output: why for c, why in zip(cases, ended, strict=True)}
     return [
         [
             check
             for plan in planned
             if plan.subject is subject
-            for check in _judge(plan, failures.get(plan.case.output))
+            for check in _judge(plan, failures[plan.case.output])
         ]
         for subject in subjects
     ]
-
-
-def _offset(done: Callable[[int], None], steps: int, more: int) -> None:
-    done(steps + more)
 
 
 def count(subject: Subject) -> int:
@@ -131,14 +153,9 @@ def _hf_steps(subject: Subject) -> int:
     return subject.model.num_layers if subject.by_layer else 1
 
 
-def _steps_done(plan: _Planned) -> int:
-    return plan.case.num_layers_done or int(Path(plan.case.output).exists())
-
-
 def _plan(subject: Subject, folder: Path, done: Callable[[int], None]) -> list[_Planned]:
     """Compute Hugging Face's side, and say what Megatron's shall be."""
     folder.mkdir(parents=True)
-    wanted = folder / "wanted.pt"
     try:
         row, logits = _of_hugging_face(subject, folder, done)
     except Exception as error:  # whatever transformers raises
@@ -146,30 +163,25 @@ def _plan(subject: Subject, folder: Path, done: Callable[[int], None]) -> list[_
             f"transformers cannot run {subject.hf}: {' '.join(str(error).split())[:400]}; does "
             "AutoModelForCausalLM.from_pretrained() load it?"
         ) from error
-    torch.save(logits, wanted)
+    torch.save(logits, folder / WANTED)
     return [
         _Planned(
             subject,
             layout,
             row,
-            wanted,
-            workers.Case(
+            Case(
                 model_flags=_model_flags(subject),
-                flags=tuple(layout.flags(has_experts=bool(subject.model.num_experts))),
+                flags=flags_of(layout, subject.model),
                 checkpoint=str(subject.checkpoint.resolve()),
                 iteration=subject.iteration,
                 documents=row.documents,
                 output=str(folder / f"found{i}.pt"),
                 hidden=str(folder) if subject.by_layer else None,
-                rounded_to=_name(subject.rounded_to),
+                rounded_to=str(subject.rounded_to or "").removeprefix("torch.") or None,
             ),
         )
         for i, layout in enumerate((Layout(),) if subject.by_layer else subject.layouts)
     ]
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _of_hugging_face(
@@ -192,12 +204,12 @@ def _model_flags(subject: Subject) -> tuple[str, ...]:
     return () if (subject.checkpoint / MODEL_FILE).is_file() else subject.model.flags
 
 
-def _judge(plan: _Planned, failure: str | None) -> list[Finding]:
-    name = f"logits {'by layer' if plan.subject.by_layer else plan.layout.name}"
-    if failure is not None:
+def _judge(plan: _Planned, failure: str) -> list[Finding]:
+    name = f"logits {'by layer' if plan.subject.by_layer else name_of(plan.layout)}"
+    if failure:
         return [failed(name, f"Megatron gave none: {failure}")]
     wanted, found = (
-        torch.load(path, weights_only=True) for path in (plan.wanted, plan.case.output)
+        torch.load(path, weights_only=True) for path in (plan.folder / WANTED, plan.case.output)
     )
     checks = [compare(name, found, wanted, plan.row, plan.subject)]
     if plan.subject.by_layer:
@@ -271,9 +283,8 @@ def _judge_layers(errors: list[list[float]], peak_bytes: int, plan: _Planned) ->
     """Compare hidden states, embedding first."""
     found_LT = torch.tensor(errors, dtype=torch.float64).nan_to_num(nan=torch.inf)
     near_LT = torch.zeros_like(found_LT, dtype=torch.bool)
-    folder = Path(plan.wanted).parent
     for i in range(len(found_LT) - 1):
-        near_LT[i + 1] = torch.load(folder / f"{i}.near.pt", weights_only=True)
+        near_LT[i + 1] = torch.load(plan.folder / f"{i}.near.pt", weights_only=True)
     is_bad_LT = (found_LT > LAYER_TOLERANCE) & ~near_LT
     sure_LT = found_LT.where(~near_LT, 0.0)
     layer, token = divmod(int(sure_LT.argmax()), sure_LT.shape[1])

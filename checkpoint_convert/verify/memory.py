@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from checkpoint_convert.hf_tensors import HFTensors
-from checkpoint_convert.verify.layouts import Layout
+from megasft.ranks.layout import Layout
 
 PROCESS_BYTES: Final = 700 * 2**20
 """Of one of Megatron's processes, before there is a model in it."""

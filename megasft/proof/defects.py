@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from megasft.loss.loss_func import LossOutput
-from megasft.proof.layouts import Layout
+from megasft.ranks.layout import Layout
 from megasft.schema import SFTBatch
 
 

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import torch
 
-from megasft.proof.layouts import DENSE, MOE, Layout
+from megasft.proof.layouts import DENSE, MOE
 from megasft.proof.samples import VOCAB
+from megasft.ranks.layout import Layout
 
 SIZES: Final = {
     "hidden_size": 64,

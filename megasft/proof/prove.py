@@ -1,28 +1,28 @@
 """Runs layouts through the real training entry point and judges each against the truth.
 
 All runs of one world size share a process group; when one of them takes the processes down, it is
-reported and the rest is started again.
+reported and the rest is started again (``ranks/jobs.py``).
 """
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import torch
 
 from megasft.errors import FlagError
 from megasft.megatron import cpu
 from megasft.proof.defects import DEFECTS
 from megasft.proof.families import FAMILIES
-from megasft.proof.layouts import Layout, select
+from megasft.proof.layouts import select
 from megasft.proof.oracle import Truth, saved_names
 from megasft.proof.verdict import Verdict, compare
 from megasft.proof.world import OBJECTIVES, MicroBatches, Objective, World, make_world
-from megasft.ranks.group import Ranks, start, warm_up
+from megasft.ranks import jobs
+from megasft.ranks.group import warm_up
+from megasft.ranks.layout import Layout
 
 WORKER: Final = "megasft.proof.worker"
 TRAINING: Final = (
@@ -74,13 +74,13 @@ class Run:
     objective: Objective
     record: Path
 
-    def entry(self, settings: Settings) -> dict[str, Any]:
+    def job(self, settings: Settings) -> dict[str, Any]:
         """Return what the worker reads."""
         flags = self.world.flags(self.layout, self.objective)
         if settings.defect:
             # The audit would stop a wrong count at once; here its effect is to be seen.
             flags.append("--megasft-no-audit")
-        return {"flags": flags, "record": str(self.record), "defect": settings.defect}
+        return {"flags": flags, "output": str(self.record), "defect": settings.defect}
 
 
 def prove(
@@ -113,8 +113,18 @@ def prove(
     ]
     judge = _judge(worlds)
     verdicts = []
-    for _, of_size in groupby(runs, key=lambda run: run.layout.ranks):
-        for run, failure in _launch(list(of_size), settings):
+    for ranks, group in groupby(runs, key=lambda run: run.layout.ranks):
+        of_size = list(group)
+        failures = jobs.run(
+            [run.job(settings) for run in of_size],
+            world_size=ranks,
+            module=WORKER,
+            folder=settings.folder,
+            silent_seconds=SILENT_SECONDS,
+            imports=TRAINING,
+            device=settings.device,
+        )
+        for run, failure in zip(of_size, failures, strict=True):
             verdicts.append(judge(run, failure))
             done(verdicts[-1])
     return sorted(verdicts, key=lambda v: (settings.families.index(v.family), v.ranks))
@@ -181,70 +191,3 @@ def _judge(worlds: dict[str, World]) -> Callable[[Run, str], Verdict]:
         return Verdict(*facts, **errors)
 
     return judge
-
-
-def _launch(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[Run, str]]:
-    """Run all of one world size; yield each with why it failed, if it did."""
-    left = list(runs)
-    while left:
-        for run in left:
-            run.record.unlink(missing_ok=True)
-            _error_file(run).unlink(missing_ok=True)
-        listing = settings.folder / "runs.json"
-        listing.write_bytes(orjson.dumps([run.entry(settings) for run in left]))
-        log = settings.folder / "worker.log"
-        with log.open("w") as output:
-            process = start(
-                left[0].layout.ranks,
-                WORKER,
-                str(listing),
-                output=output,
-                imports=TRAINING,
-                device=settings.device,
-            )
-            finished = yield from _follow(process, left)
-        left = left[finished:]
-        if left:
-            error = _error_file(left[0])
-            yield left[0], _last_line(error if error.is_file() else log)
-            left = left[1:]
-
-
-def _follow(process: Ranks, runs: Sequence[Run]) -> Generator[tuple[Run, str], None, int]:
-    """Yield runs as their records appear; return how many there were."""
-    finished, last_sign = 0, time.monotonic()
-    try:
-        while True:
-            has_ended = process.poll() is not None
-            while finished < len(runs) and (result := _result(runs[finished])) is not None:
-                yield runs[finished], result
-                finished, last_sign = finished + 1, time.monotonic()
-            if has_ended or finished == len(runs):
-                process.wait()
-                return finished
-            if time.monotonic() - last_sign > SILENT_SECONDS:
-                _error_file(runs[finished]).write_text(f"no sign of life in {SILENT_SECONDS} s")
-                return finished
-            time.sleep(0.1)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-
-
-def _result(run: Run) -> str | None:
-    """Return "" for a record, the error for a refusal, None for neither."""
-    if run.record.exists():
-        return ""
-    error = _error_file(run)
-    is_refusal = error.exists() and not error.read_text().startswith("Traceback")
-    return error.read_text() if is_refusal else None
-
-
-def _error_file(run: Run) -> Path:
-    return run.record.with_suffix(".error")
-
-
-def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "the processes ended without a word"

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Final
@@ -83,14 +84,10 @@ def summarized(verdicts: Sequence[Verdict]) -> list[Verdict]:
             continue
         top = max(group, key=lambda v: v.gradient_error)
         shown.append(
-            Verdict(
-                family=top.family,
-                layout=top.layout,
-                ranks=top.ranks,
+            replace(
+                top,
                 objective=f"all {len(group)}",
                 loss_error=max(v.loss_error for v in group),
-                gradient_error=top.gradient_error,
-                worst_gradient=top.worst_gradient,
                 parameter_error=max(v.parameter_error for v in group),
                 update_error=max(v.update_error for v in group),
                 threads=max(v.threads for v in group),

@@ -14,9 +14,9 @@ from megasft.packing.forecast_cost import read_cost
 from megasft.packing.plan import RowPlan, plan_rows
 from megasft.proof import families
 from megasft.proof.float64 import widen
-from megasft.proof.layouts import Layout
 from megasft.proof.oracle import Adam, Truth, first_step, router_losses
 from megasft.proof.samples import random_samples, weighted, write_store
+from megasft.ranks.layout import Layout
 from megasft.schema import Sample
 from megasft.store import TokenStore
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import IO, Any, Final
 
+from megasft.megatron import warm
 from megasft.ranks.server import READY, Request
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ OF_A_RANK: Final = (
 
 ON_CPUS: Final = {"CUDA_VISIBLE_DEVICES": ""}
 
+PRELOADED: Final = warm.__name__
+"""The module whose ``prepare`` imports, before there are ranks, what any rank imports."""
+
 type Ranks = "subprocess.Popen[bytes] | Group"
 
 
@@ -39,8 +43,10 @@ def start(
     module: str,
     *argv: str,
     output: IO[Any],
+    errors: IO[Any] | None = None,
     imports: Sequence[str] = (),
     device: str = "cpu",
+    is_warm: bool = True,
 ) -> Ranks:
     """Start a module on several ranks that share this machine's cores.
 
@@ -49,30 +55,40 @@ def start(
         module: What ``python -m`` would run.
         *argv: The module's arguments.
         output: File that all ranks print to.
-        imports: Modules that it will import.
+        errors: The same for standard error; default: ``output``.
+        imports: Modules that it will import; done once, before ranks are forked.
         device: ``cpu`` or ``cuda``.
+        is_warm: Fork the ranks where that can be done; else torchrun starts them.
     """
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
-    environment = outside_of_a_group(os.environ) | {"OMP_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": threads} | outside_of_a_group(os.environ)
     if device == "cpu":
         environment |= ON_CPUS
-        if can_fork():
-            return Group(
-                world_size,
-                module,
-                argv,
-                stdout=output,
-                stderr=output,
-                imports=imports,
+        if is_warm and can_fork():
+            request = Request(
+                world_size=world_size,
+                module=module,
+                argv=list(argv),
+                imports=list(imports),
                 environment=environment,
+                folder=os.getcwd(),
+                port=free_port(),
             )
+            return Group(request, output=output, errors=errors or output)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     return subprocess.Popen(
         [*launcher, "--nproc-per-node", str(world_size), "-m", module, *argv],
         stdout=output,
-        stderr=subprocess.STDOUT,
+        stderr=errors or output,
         env=environment,
     )
+
+
+def end(ranks: Ranks) -> None:
+    """End ranks that have not ended, and wait for it."""
+    if ranks.poll() is None:
+        ranks.terminate()
+        ranks.wait()
 
 
 def outside_of_a_group(environment: Mapping[str, str]) -> dict[str, str]:
@@ -106,7 +122,7 @@ class Server:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  # the server's as long as it runs
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "megasft.ranks.server", str(theirs.fileno())],
+                [sys.executable, "-m", "megasft.ranks.server", str(theirs.fileno()), PRELOADED],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=self.log,
@@ -151,45 +167,17 @@ server = cache(Server)
 
 
 class Group:
-    """Ranks that run a module, forked by the warm process.
+    """Ranks that run a module, forked by the warm process; used as a ``subprocess.Popen``."""
 
-    Args:
-        world_size: Ranks.
-        module: What ``python -m`` would run.
-        argv: The module's arguments.
-        stdout: File that all ranks print to; ``stderr`` may be the same.
-        imports: Modules that it will import.
-        environment: All of it, but for what tells ranks apart.
-    """
-
-    def __init__(
-        self,
-        world_size: int,
-        module: str,
-        argv: Sequence[str],
-        *,
-        stdout: IO[Any],
-        stderr: IO[Any],
-        imports: Sequence[str],
-        environment: Mapping[str, str],
-    ) -> None:
+    def __init__(self, request: Request, *, output: IO[Any], errors: IO[Any]) -> None:
         self.returncode: int | None = None
-        request = Request(
-            world_size=world_size,
-            module=module,
-            argv=list(argv),
-            imports=list(imports),
-            environment=dict(environment),
-            folder=os.getcwd(),
-            port=free_port(),
-        )
-        self.connection = server().start(request, stdout=stdout.fileno(), stderr=stderr.fileno())
+        self.connection = server().start(request, stdout=output.fileno(), stderr=errors.fileno())
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the first exit code that is not 0, and 0 when all are.
 
         Raises:
-            subprocess.TimeoutExpired: And the group is ended.
+            subprocess.TimeoutExpired: The group runs on.
         """
         if self.returncode is None:
             self.connection.settimeout(timeout)
@@ -198,8 +186,7 @@ class Group:
                 self.returncode = int(self.connection.recv(16) or -9)
             except TimeoutError:
                 raise subprocess.TimeoutExpired("a group of ranks", timeout or 0.0) from None
-            finally:
-                self.connection.close()
+            self.connection.close()
         return self.returncode
 
     def poll(self) -> int | None:

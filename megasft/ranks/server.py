@@ -10,10 +10,10 @@ Forking is safe before there are threads only, so this process starts none and c
 is a supervisor and its ranks, in a session of their own. It ends when its ranks do, when one of
 them fails, or when its connection closes, as it does however the process that asked for it ends.
 
-Usage: python -m megasft.ranks.server DESCRIPTOR, a socket on which requests come; see ``Request``.
+Usage: python -m megasft.ranks.server DESCRIPTOR MODULE: a socket on which requests come, see
+``Request``; and the module whose ``prepare`` imports what any rank imports.
 """
 
-import argparse
 import ctypes
 import gc
 import importlib
@@ -30,18 +30,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
-
-IMPORTED: Final = (
-    "megatron.core.models.mimo",
-    "megatron.core.tokenizers.text.text_tokenizer",
-    "megatron.training.argument_utils",
-    "megatron.training.checkpointing",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-)
-"""What any rank of Megatron imports, late. A request adds what its own module needs."""
 
 GRACE_SECONDS: Final = 2.0
 """How long the others may take to end by themselves, and say why, once one rank has failed."""
@@ -88,7 +76,8 @@ def main() -> None:
     """Import, say so, and serve; see the module's docstring."""
     control = socket.socket(fileno=int(sys.argv[1]))
     before = dict(os.environ)
-    prepare()
+    importlib.import_module(sys.argv[2]).prepare()
+    freeze()
     control.send(READY if num_threads() == 1 else THREADS)
     rank = serve(control, before)
     # Here there is a rank in each fork, with next to nothing of this program on its stack: what it
@@ -97,28 +86,22 @@ def main() -> None:
         become(rank)
 
 
-def prepare() -> None:
-    """Import what any rank imports."""
-    from megasft.megatron import cpu
-
-    cpu.prepare()
-    cpu.skip_missing_makefile()
-    cpu.remember_docstrings()
-    import_all(IMPORTED)
-    # Ranks inherit the docstrings that Megatron's parser takes the help of its flags from.
-    arguments = importlib.import_module("megatron.training.arguments")
-    arguments.add_megatron_arguments(argparse.ArgumentParser())
-
-
 def import_all(names: Iterable[str]) -> None:
     """Import modules, and keep them from being copied in the ranks."""
     new = [name for name in names if name not in sys.modules]
     for name in new:
         importlib.import_module(name)
     if new:
-        # Ranks share pages until they write to them, as a collector does on all it looks at.
-        gc.collect()
-        gc.freeze()
+        freeze()
+
+
+def freeze() -> None:
+    """Leave what is there out of garbage collection.
+
+    Ranks share pages until they write to them, as a collector does on all it looks at.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def serve(control: socket.socket, before: dict[str, str]) -> Rank | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from megasft.proof.layouts import Layout
+from megasft.ranks.layout import Layout
 from tests.invariance.runs import record_all
 
 

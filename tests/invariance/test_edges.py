@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megasft.proof.layouts import Layout
 from megasft.proof.oracle import Truth, saved_names
 from megasft.proof.samples import sample, write_store
 from megasft.proof.verdict import Verdict, compare
 from megasft.proof.world import ADAM, OBJECTIVES, ROW_TOKENS, World
+from megasft.ranks.layout import Layout
 from megasft.schema import Sample
 from megasft.store import open_store
 from tests.invariance.runs import record_all

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megasft.proof.layouts import Layout
 from megasft.proof.samples import random_samples, write_store
 from megasft.proof.world import ADAM, ALIGN, BATCH, ROW_TOKENS, SEED
+from megasft.ranks.layout import Layout
 from tests.invariance.added import added_gradients, relative
 from tests.invariance.runs import record_all
 

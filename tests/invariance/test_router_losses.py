@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from checkpoint_convert.tensor_map import to_hf
-from megasft.proof.layouts import Layout
 from megasft.proof.oracle import router_losses, saved_names
 from megasft.proof.world import AUX_COEFF, OBJECTIVES, Z_COEFF, make_world, padded_documents
+from megasft.ranks.layout import Layout
 from tests.invariance.added import added_gradients, relative
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,8 @@ import torch
 
 from megasft.loss.loss_func import LossOutput
 from megasft.megatron import cpu
+from megasft.megatron.worker import forget
 from megasft.pretrain_sft import configure_logging, run
-from megasft.proof.worker import forget
 from megasft.schema import SFTBatch
 
 

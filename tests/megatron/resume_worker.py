@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from megasft.loss.loss_func import LossOutput
+from megasft.megatron.worker import forget
 from megasft.pretrain_sft import run
-from megasft.proof.worker import forget
 from megasft.schema import SFTBatch
 
 

@@ -1,17 +1,14 @@
 """Launches training runs for tests and reads what they logged."""
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
-from typing import IO
 
 from megasft.proof.prove import TRAINING
-from megasft.ranks.group import Group, free_port
+from megasft.ranks.group import end, free_port, start
 
 __all__ = ["CPU_ENV", "ROOT", "free_port", "scalars", "torchrun", "train"]
 
@@ -29,41 +26,27 @@ def torchrun(world_size: int, *command: str, timeout: float = 600, is_warm: bool
         is_warm: Whether ranks are forked by ``megasft.ranks``, which saves their imports, or
             started by torchrun itself.
     """
+    dash_m, *module = command
+    assert dash_m == "-m", f"only modules are run here, not {dash_m}"
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        if is_warm:
-            code = group(world_size, command, stdout=stdout, stderr=stderr).wait(timeout)
-        else:
-            launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-            code = subprocess.run(
-                [*launcher, "--nproc-per-node", str(world_size), *command],
-                stdout=stdout,
-                stderr=stderr,
-                cwd=ROOT,
-                env=os.environ | CPU_ENV,
-                timeout=timeout,
-                check=False,
-            ).returncode
+        with chdir(ROOT):
+            ranks = start(
+                *(world_size, *module),
+                output=stdout,
+                errors=stderr,
+                imports=TRAINING,
+                is_warm=is_warm,
+            )
+        try:
+            code = ranks.wait(timeout)
+        except subprocess.TimeoutExpired:
+            end(ranks)
+            raise
         stdout.seek(0)
         stderr.seek(0)
         output = stdout.read() + stderr.read()
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
     return output
-
-
-def group(world_size: int, command: Sequence[str], *, stdout: IO[str], stderr: IO[str]) -> Group:
-    """Fork ranks, from the project's folder."""
-    dash_m, module, *argv = command
-    assert dash_m == "-m", f"only modules are run here, not {dash_m}"
-    with chdir(ROOT):
-        return Group(
-            world_size,
-            module,
-            argv,
-            stdout=stdout,
-            stderr=stderr,
-            imports=TRAINING,
-            environment=os.environ | CPU_ENV,
-        )
 
 
 def train(world_size: int, runs: Sequence[Sequence[str]], folder: Path) -> str:

@@ -20,8 +20,8 @@ import torch
 
 from megasft.errors import MegasftError
 from megasft.loss.loss_func import LossOutput
+from megasft.megatron.worker import forget
 from megasft.pretrain_sft import configure_logging, run
-from megasft.proof.worker import forget
 from megasft.schema import SFTBatch
 from megasft.training.saving import COMPLETE
 

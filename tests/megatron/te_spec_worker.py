@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from megasft.megatron import cpu
-from megasft.proof.worker import forget
+from megasft.megatron.worker import forget
 
 
 def main() -> None:
     cpu.prepare(hide=())
     cpu.skip_missing_makefile()
-    from megasft.proof import forward
+    from megasft.megatron.forward import Case, build, stored_tensors
+    from megasft.run.forward_worker import start
 
     for case in json.loads(Path(sys.argv[1]).read_text()):
         from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -31,19 +32,17 @@ def main() -> None:
 
         fields = {"model_flags": (), "iteration": "release", "documents": ((1,) * 16,)}
         flags = ("--transformer-impl", "transformer_engine", "--use-cpu-initialization")
-        args = forward.start(
-            forward.Case(
-                **fields, flags=flags, checkpoint=case["checkpoint"], output=case["output"]
-            )
+        _, config = start(
+            Case(**fields, flags=flags, checkpoint=case["checkpoint"], output=case["output"])
         )
-        model = forward.build(args)
+        model = build(config)
         asked = model.sharded_state_dict(metadata=case["metadata"])
         keys = {
             value.unique_key if isinstance(value, ShardedObject) else value.key
             for value in nested_values(asked)
             if isinstance(value, ShardedObject | ShardedTensor | ShardedTensorFactory)
         }
-        for tensor in forward.stored_tensors(model).values():
+        for tensor in stored_tensors(model).values():
             tensor.data.fill_(torch.nan)
         from megatron.training.checkpointing import load_checkpoint
 

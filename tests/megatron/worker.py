@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from megasft.megatron import cpu
+from megasft.megatron.worker import forget
 from megasft.pretrain_sft import configure_logging, run
-from megasft.proof.worker import forget
 
 
 def main() -> None:

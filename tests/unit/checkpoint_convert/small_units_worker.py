@@ -10,4 +10,4 @@ from checkpoint_convert import hf_to_megatron, megatron_to_hf, megatron_writer
 if __name__ == "__main__":
     megatron_writer.UNIT_BYTES = 4096  # type: ignore[misc]
     main = {"there": hf_to_megatron.main, "back": megatron_to_hf.main}[sys.argv[1]]
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(main(sys.argv[2:], worker=None))

@@ -19,7 +19,10 @@ from checkpoint_convert.megatron_checkpoint import PieceReader, find_iteration
 from checkpoint_convert.pieces import pieces
 from checkpoint_convert.rules import same_bits
 from megasft.errors import ConversionError
+from megasft.run import forward_worker
 from tests.unit.checkpoint_convert.tiny_models import save
+
+WORKER = forward_worker.__name__
 
 HAS_BRIDGE = find_spec("mcore_bridge") is not None and find_spec("transformer_engine") is not None
 
@@ -39,7 +42,7 @@ def test_a_bridge_that_is_not_installed_is_named_with_the_remedy(
 ) -> None:
     hf = save("llama", tmp_path / "hf")
     flags = ["--hf", str(hf), "--output", str(tmp_path / "out"), "--engine", "mcore-bridge"]
-    assert hf_to_megatron.main(flags) == 1
+    assert hf_to_megatron.main(flags, worker=None) == 1
     assert "pip install mcore-bridge" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [hf]
     with pytest.raises(ConversionError, match="there are: own, mcore-bridge, megatron-bridge"):
@@ -52,7 +55,7 @@ def test_a_bridge_works_in_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for main, source in ((hf_to_megatron.main, "--hf"), (megatron_to_hf.main, "--checkpoint")):
         with pytest.raises(SystemExit):
-            main([source, "a", "--output", "b", "--engine", "mcore-bridge"])
+            main([source, "a", "--output", "b", "--engine", "mcore-bridge"], worker=None)
         assert "start it without torchrun" in capsys.readouterr().err
 
 
@@ -96,7 +99,7 @@ def test_mcore_bridge_makes_the_checkpoint_that_our_rules_make(tmp_path: Path, n
     hf = save(name, tmp_path / "hf")
     engine = ["--engine", "mcore-bridge"]
     there = ["--hf", str(hf), "--output", str(tmp_path / "megatron")]
-    assert hf_to_megatron.main([*there, *engine]) == 0
+    assert hf_to_megatron.main([*there, *engine], worker=WORKER) == 0
     hf_to_megatron.convert(hf, tmp_path / "own")
     ours, theirs = (
         PieceReader(find_iteration(tmp_path / folder, iteration=None))
@@ -105,6 +108,6 @@ def test_mcore_bridge_makes_the_checkpoint_that_our_rules_make(tmp_path: Path, n
     assert set(ours.keys) == set(theirs.keys)
     assert all(same_bits(ours.read(p), theirs.read(p)) for p in pieces(read_model(hf)))
     back = ["--checkpoint", str(tmp_path / "megatron"), "--output", str(tmp_path / "back")]
-    assert megatron_to_hf.main([*back, "--like", str(hf), *engine]) == 0
+    assert megatron_to_hf.main([*back, "--like", str(hf), *engine], worker=WORKER) == 0
     before, after = HFTensors(hf), HFTensors(tmp_path / "back")
     assert set(before) == set(after) and all(same_bits(before[n], after[n]) for n in before)

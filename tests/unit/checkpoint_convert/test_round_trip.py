@@ -1,7 +1,6 @@
 """Hugging Face -> Megatron -> Hugging Face, through the disk, bit by bit."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import orjson
@@ -15,7 +14,6 @@ from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.config_map import read_model
 from checkpoint_convert.rules import same_bits
 from checkpoint_convert.tensor_map import to_hf, to_megatron
-from checkpoint_convert.verify import after, verify
 from megasft.cli.convert import convert_app
 from megasft.errors import ConversionError
 from tests.unit.checkpoint_convert.tiny_models import MODELS, make, save
@@ -314,23 +312,22 @@ def test_a_dtype_asked_for_is_written_to_the_configuration_too(tmp_path: Path) -
 
 
 def test_command_lines_report_and_turn_faults_into_exit_code_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the comparison that follows by default, but for the logits, which take Megatron."""
-    monkeypatch.setattr(after, "verify", partial(verify, logits=False))
     hf, megatron = save("qwen3", tmp_path / "hf"), tmp_path / "megatron"
-    assert hf_to_megatron.main(["--hf", str(hf), "--output", str(megatron)]) == 0
+    assert hf_to_megatron.main(["--hf", str(hf), "--output", str(megatron)], worker=None) == 0
     printed = capsys.readouterr().out
     assert "25 Hugging Face, 11 Megatron" in printed and "bitwise equal" in printed
     assert "--qk-layernorm" in printed and "verified: " in printed
     assert json.loads((megatron / "verification.json").read_bytes())["checkpoint"] == str(megatron)
     back = ["--checkpoint", str(megatron), "--output", str(tmp_path / "back")]
-    assert megatron_to_hf.main([*back, "--no-verify"]) == 0
+    assert megatron_to_hf.main([*back, "--no-verify"], worker=None) == 0
     printed = capsys.readouterr().out
     assert "not checked" in printed and "verified" not in printed
-    assert megatron_to_hf.main(back) == 1
+    assert megatron_to_hf.main(back, worker=None) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'back'} exists")
-    assert megatron_to_hf.main([*back, "--overwrite"]) == 0
+    assert megatron_to_hf.main([*back, "--overwrite"], worker=None) == 0
     assert "verified: " in capsys.readouterr().out
     assert (tmp_path / "back" / "verification.json").is_file()
 
@@ -343,7 +340,6 @@ def test_what_turns_out_wrong_does_not_get_its_name_until_it_is_taken_as_it_is(
     direction: str,
 ) -> None:
     """A file that is lost on the way stands for any fault."""
-    monkeypatch.setattr(after, "verify", partial(verify, logits=False))
     hf = save("qwen3", tmp_path / "hf")
     main, flags, module = hf_to_megatron.main, ["--hf", str(hf)], hf_to_megatron
     if direction == "back":
@@ -358,11 +354,11 @@ def test_what_turns_out_wrong_does_not_get_its_name_until_it_is_taken_as_it_is(
 
     flags += ["--output", str(tmp_path / "out")]
     monkeypatch.setattr(module.hf_folder, "copy_side_files", lose)
-    assert main(flags) == 1
+    assert main(flags, worker=None) == 1
     error = capsys.readouterr().err
     assert "is not the same model (files); nothing is at" in error
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
-    assert main([*flags, "--no-verify"]) == 0
+    assert main([*flags, "--no-verify"], worker=None) == 0
     assert (tmp_path / "out").is_dir() and not (tmp_path / ".out.partial").exists()
 
 

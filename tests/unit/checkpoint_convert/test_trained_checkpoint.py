@@ -15,8 +15,10 @@ from checkpoint_convert.megatron_checkpoint import PieceReader, find_iteration
 from checkpoint_convert.pieces import pieces
 from checkpoint_convert.rules import same_bits
 from checkpoint_convert.tensor_map import to_hf
-from checkpoint_convert.verify import Layout, verify
+from checkpoint_convert.verify import verify
 from megasft.errors import ConversionError
+from megasft.ranks.layout import Layout
+from megasft.run import forward_worker
 from tests.megatron.runs import train
 from tests.stores import random_samples, write_store
 from tests.unit.checkpoint_convert.tiny_models import save
@@ -155,7 +157,7 @@ def test_what_was_trained_in_parallel_and_exported_computes_what_megatron_comput
     train(4, [run_flags(tmp_path, "qwen3", *steps)], tmp_path / "logs")
     run, back = tmp_path / "qwen3_run", tmp_path / "back"
     megatron_to_hf.convert(run, back, like=tmp_path / "qwen3")
-    found = verify(back, run, layouts=[Layout()])
+    found = verify(back, run, worker=forward_worker.__name__, layouts=[Layout()])
     assert found.is_ok, found.failures
     logits = found.check("logits TP 1").numbers
     assert logits["max_difference"] <= logits["allowed"] / 2 and logits["tokens"] > 100

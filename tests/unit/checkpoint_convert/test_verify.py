@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.config_map import read_model
-from checkpoint_convert.verify import Layout, show, verify
+from checkpoint_convert.verify import show, verify
 from checkpoint_convert.verify.__main__ import main
-from checkpoint_convert.verify.layouts import combined, parse_layout
+from checkpoint_convert.verify.layouts import combined, flags_of, parse_layout
 from checkpoint_convert.verify.text import LEAST_TOKENS, make_row
-from checkpoint_convert.verify.workers import reason
 from megasft.errors import ConversionError
+from megasft.ranks.layout import Layout
+from megasft.run import forward_worker
 from tests.tiny_tokenizer import make_tokenizer
 from tests.unit.checkpoint_convert.tiny_models import save
+
+WORKER = forward_worker.__name__
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, **more: Any) -> Any:
-    return verify(folder / "hf", folder / "megatron", hf_out=folder / "back", logits=False, **more)
+    return verify(folder / "hf", folder / "megatron", hf_out=folder / "back", worker=None, **more)
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -174,13 +177,13 @@ def test_a_vocabulary_that_is_off_by_one_fails(folder: Path) -> None:
 
 def test_a_folder_that_transformers_cannot_load_is_a_check_that_failed(folder: Path) -> None:
     edit_json(folder / "hf" / "config.json", lambda c: c.update(vocab_size=99))
-    one = verify(folder / "hf", folder / "megatron", by_layer=False).check("logits")
+    one = verify(folder / "hf", folder / "megatron", worker=WORKER, by_layer=False).check("logits")
     assert "transformers cannot run" in one.fact and "AutoModelForCausalLM" in one.fact
 
 
 def test_a_tensor_that_another_family_has_is_named(folder: Path, tmp_path: Path) -> None:
     hf = save("qwen2", tmp_path / "qwen2")
-    verification = verify(hf, folder / "megatron", logits=False)
+    verification = verify(hf, folder / "megatron", worker=None)
     assert (
         "lacks 1 tensors (decoder.layers.self_attention.linear_qkv.bias)"
         in verification.check("tensors").fact
@@ -194,31 +197,32 @@ def test_a_trained_checkpoint_is_compared_as_it_was_exported(folder: Path, tmp_p
     (trained / "latest_checkpointed_iteration.txt").write_text("7")
     like = folder / "megatron"
     megatron_to_hf.convert(trained, tmp_path / "b", like=like, dtype=torch.bfloat16)
-    verification = verify(tmp_path / "b", trained, logits=False)
+    verification = verify(tmp_path / "b", trained, worker=None)
     assert verification.is_ok, verification.failures
     assert verification.iteration == "iter_0000007"
     assert "19 of them rounded to the folder's dtype" in verification.check("tensors").fact
     edit_tensors(
         tmp_path / "b", lambda t: t["model.norm.weight"].view(torch.int16)[0].bitwise_xor_(1)
     )
-    assert not verify(tmp_path / "b", trained, logits=False).is_ok
+    assert not verify(tmp_path / "b", trained, worker=None).is_ok
 
 
 def test_the_command_line_says_the_verdict_by_its_exit_code(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--hf", str(folder / "hf"), "--checkpoint", str(folder / "megatron"), "--no-logits"]
-    assert main(argv) == 0
+    assert main(argv, worker=WORKER) == 0
     assert "verified:" in capsys.readouterr().out
     record = folder / "record.json"
     edit_tensors(folder / "back", flip_a_bit)
-    assert main([*argv, "--hf-out", str(folder / "back"), "--manifest", str(record)]) == 1
+    more = ["--hf-out", str(folder / "back"), "--manifest", str(record)]
+    assert main([*argv, *more], worker=WORKER) == 1
     assert "NOT the same model" in capsys.readouterr().out
     assert not orjson.loads(record.read_bytes())["is_ok"]
-    assert main([*argv[:2], "--checkpoint", str(folder / "hf")]) == 1
+    assert main([*argv[:2], "--checkpoint", str(folder / "hf")], worker=WORKER) == 1
     assert "give the folder that --save named" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
-        main([*argv, "--by-layer", "--whole"])
+        main([*argv, "--by-layer", "--whole"], worker=WORKER)
     assert usage.value.code == 2
 
 
@@ -230,7 +234,7 @@ def test_a_record_that_cannot_be_written_is_an_error(folder: Path) -> None:
 def test_a_folder_without_its_name_yet_is_recorded_under_it(folder: Path) -> None:
     final = folder / "final"
     verification = verify(
-        folder / "hf", folder / "megatron", logits=False, called={folder / "megatron": final}
+        folder / "hf", folder / "megatron", worker=None, called={folder / "megatron": final}
     )
     assert verification.is_ok and verification.checkpoint == str(final) and not final.exists()
     record = orjson.loads((folder / "megatron" / "verification.json").read_bytes())
@@ -245,23 +249,33 @@ def test_show_prints_every_check(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "ranks"),
+    ("name", "layout"),
     [
-        ("qwen3", Layout(tp=2, pp=2), 4),
-        ("qwen3_moe", Layout(tp=2, pp=2, ep=2), 4),
-        ("deepseek_v3", Layout(pp=2, ep=2), 4),
-        ("deepseek_v3_dense_first", Layout(ep=2), 2),  # three layers
+        ("qwen3", Layout(4, tp=2, pp=2)),
+        ("qwen3_moe", Layout(4, tp=2, pp=2, ep=2)),
+        ("deepseek_v3", Layout(4, pp=2, ep=2)),
+        ("deepseek_v3_dense_first", Layout(2, ep=2)),  # three layers
     ],
 )
-def test_the_combined_layout_cuts_what_divides(
-    tmp_path: Path, name: str, layout: Layout, ranks: int
+def test_the_combined_layout_cuts_what_divides(tmp_path: Path, name: str, layout: Layout) -> None:
+    assert combined(read_model(save(name, tmp_path))) == layout
+
+
+def test_experts_are_whole_on_a_rank_and_have_sequence_parallelism_beside_tp(
+    tmp_path: Path,
 ) -> None:
-    found = combined(read_model(save(name, tmp_path)))
-    assert found == layout and found.ranks == ranks
+    layout = Layout(4, tp=2, pp=2, ep=2)
+    of_experts, dense = (
+        " ".join(flags_of(layout, read_model(save(name, tmp_path / name))))
+        for name in ("qwen3_moe", "qwen3")
+    )
+    assert "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1" in of_experts
+    assert "--sequence-parallel" in of_experts and "--sequence-parallel" not in dense
+    assert "--expert" not in dense and "--pipeline-model-parallel-size 2" in dense
 
 
 def test_layouts_are_read_as_they_are_written() -> None:
-    assert parse_layout("tp2,pp2,ep4") == Layout(tp=2, pp=2, ep=4)
+    assert parse_layout("tp2,pp2,ep4") == Layout(8, tp=2, pp=2, ep=4)
     for wrong in ("tp2,cp2", "tp0", "", "tp2,tp2", "tp2,ep3"):
         with pytest.raises(ConversionError, match="--layout"):
             parse_layout(wrong)
@@ -291,13 +305,3 @@ def test_a_document_is_longer_than_where_rope_or_window_change(tmp_path: Path) -
         edit_json(hf / "config.json", lambda c, w=window: c.update(sliding_window=w))
         row = make_row(hf, read_model(hf), AutoConfig.from_pretrained(hf))
         assert row.longest == longest
-
-
-def test_a_failure_is_told_by_the_end_of_its_traceback() -> None:
-    text = 'Traceback (most recent call last):\n  File "a.py", line 3, in f\n    g()\n'
-    text += '  File "b.py", line 9, in g\n    raise ValueError()\nValueError: 3 is odd\n'
-    assert reason(text) == "ValueError: 3 is odd"
-    text = "[rank0]: KeyError: 'x'\nE1121 11:30 torch/distributed/elastic/api.py] failed\nmore\n"
-    assert reason(text) == "KeyError: 'x'"
-    assert "memory runs out" in reason(text + "exitcode: -9, Signal 9 (SIGKILL) received")
-    assert reason("") == "Megatron's processes ended without a word"

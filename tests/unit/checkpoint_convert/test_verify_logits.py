@@ -20,15 +20,19 @@ from checkpoint_convert.config_map import Model, read_model
 from checkpoint_convert.hf_to_megatron import MODEL_FILE
 from checkpoint_convert.megatron_checkpoint import TRACKER
 from checkpoint_convert.rules import QKV, Heads, Join, Rule, same_bits
-from checkpoint_convert.verify import Layout, hf_model, logits, verify
+from checkpoint_convert.verify import hf_model, logits, verify
 from checkpoint_convert.verify.__main__ import main
 from checkpoint_convert.verify.layouts import combined
 from checkpoint_convert.verify.logits import Subject
 from checkpoint_convert.verify.text import Row, make_row
 from megasft.checks.engine import Finding
+from megasft.ranks.layout import Layout
+from megasft.run import forward_worker
 from tests.megatron.runs import ROOT
 from tests.tiny_tokenizer import make_tokenizer
 from tests.unit.checkpoint_convert.tiny_models import save
+
+WORKER = forward_worker.__name__
 
 
 def is_rounding(check: Finding) -> bool:
@@ -99,7 +103,7 @@ def zero_biases(tensors: dict[str, torch.Tensor]) -> None:
 
 def check(subjects: Sequence[Subject], folder: Path) -> list[list[Any]]:
     folder.mkdir(exist_ok=True)
-    return logits.check_logits(subjects, folder=folder, done=lambda _: None)
+    return logits.check_logits(subjects, worker=WORKER, folder=folder, done=lambda _: None)
 
 
 # Heads grouped by kind, not interleaved by query group: what older checkpoints had.
@@ -152,7 +156,7 @@ def test_wrong_models_fail_and_the_reason_is_named(
     with monkeypatch.context() as patch:
         join_wrongly(patch)
         subject(tmp_path, "llama_gqa_tied")
-        report = verify(tmp_path / "llama_gqa_tied_hf", tmp_path / "llama_gqa_tied", logits=False)
+        report = verify(tmp_path / "llama_gqa_tied_hf", tmp_path / "llama_gqa_tied", worker=None)
         megatron_to_hf.convert(tmp_path / "llama_gqa_tied", tmp_path / "back")
     assert report.is_ok, "the rules that are wrong both ways agree with themselves"
     there, back = (
@@ -195,7 +199,7 @@ def test_wrong_models_fail_and_the_reason_is_named(
 
 def as_the_program_says(folder: Path, *more: str) -> dict[str, Any]:
     argv = ["--hf", str(folder / "hf"), "--checkpoint", str(folder / "megatron"), *more]
-    code = main(argv)
+    code = main(argv, worker=WORKER)
     record: dict[str, Any] = orjson.loads((folder / "megatron" / "verification.json").read_bytes())
     assert (code == 0) == record["is_ok"], record
     return record
@@ -274,7 +278,7 @@ def test_a_run_that_trained_another_model_than_its_folder_describes_fails(tmp_pa
     (ok,), (wrong,), (rounded,), by_layer = check(runs, tmp_path / "work")
     assert is_rounding(rounded), rounded.fact
     assert all(each.is_ok for each in by_layer), by_layer
-    assert verify(half, runs[0].checkpoint, layouts=[Layout()]).is_ok
+    assert verify(half, runs[0].checkpoint, worker=WORKER, layouts=[Layout()]).is_ok
     assert is_rounding(ok), ok.fact
     assert not wrong.is_ok
     assert "trained as another model than config.json describes" in wrong.fact

@@ -7,7 +7,7 @@ from megasft.batch.assemble import assemble
 from megasft.batch.context_parallel import shard
 from megasft.loss.loss_func import sft_loss
 from megasft.proof.defects import DEFECTS
-from megasft.proof.layouts import Layout
+from megasft.ranks.layout import Layout
 from megasft.schema import SFTBatch
 from tests.batches import batch_of
 from tests.stores import sample

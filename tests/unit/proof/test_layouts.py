@@ -2,7 +2,8 @@ from itertools import pairwise
 
 import pytest
 
-from megasft.proof.layouts import DENSE, MOE, Layout, select
+from megasft.proof.layouts import DENSE, MOE, select
+from megasft.ranks.layout import Layout
 
 
 @pytest.mark.parametrize(("layouts", "least"), [(DENSE, 20), (MOE, 8)])

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import torch
 
+from megasft.megatron.capture import Piece, _join
 from megasft.proof import verdict
-from megasft.proof.capture import Piece, _join
 from megasft.proof.verdict import Verdict, relative_error, worst
 
 GOOD = Verdict("qwen3", "CP 2", 2, "turn", 1e-8, 1e-6, "w", 1e-8, 1e-6)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.runs import ROOT, group, torchrun
+from megasft.ranks.group import start
+from tests.megatron.runs import ROOT, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +94,7 @@ def test_a_group_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 def test_a_group_may_be_polled_and_terminated(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
-        ranks = group(2, (*WORKER, "hang", str(tmp_path)), stdout=log, stderr=log)
+        ranks = start(2, WORKER[1], "hang", str(tmp_path), output=log)
         processes = pids(tmp_path, ranks=2)
         assert ranks.poll() is None
         ranks.terminate()

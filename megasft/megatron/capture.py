@@ -90,6 +90,21 @@ def _join(pieces: list[Piece]) -> dict[str, torch.Tensor]:
     return whole
 
 
+def sum_over_ranks(loss: torch.Tensor) -> float:
+    """Sum a loss over all ranks; tensor-parallel ranks have the same one, which counts once.
+
+    Args:
+        loss: float64 []. This rank's; left as it is.
+    """
+    from megatron.core import mpu
+
+    is_counted = mpu.get_tensor_model_parallel_rank() == 0
+    total = loss.clone() if is_counted else torch.zeros_like(loss)
+    total = total.to(torch.device("cuda", torch.cuda.current_device()))
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
 def gather_gradient_shards(chunks: list[Any]) -> None:
     """Complete the gradient buffers of the distributed optimizer, of which each rank has a part.
 

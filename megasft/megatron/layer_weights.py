@@ -1,4 +1,4 @@
-"""Models without weights: the modules and their buffers are real, the parameters have no memory.
+"""Models whose weights come and go: modules and buffers are real, parameters have no memory.
 
 A model larger than memory is run one layer at a time, so it has to be built without its weights.
 Building on torch's meta device would take the buffers with it, and a rope table is computed in a
@@ -7,7 +7,7 @@ it, through torch's own hook for that.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +38,17 @@ def take_weights(module: torch.nn.Module) -> None:
         for name, parameter in owner.named_parameters(recurse=False):
             owner.register_parameter(name, _empty(parameter))
     _give_memory_back()
+
+
+def give_when_used(module: torch.nn.Module, give: Callable[[torch.nn.Module], None]) -> None:
+    """Load a module's weights when it runs, and let go of them after it.
+
+    Args:
+        module: Hooks it has already run before its weights come, and before they go.
+        give: Gives a module its weights.
+    """
+    module.register_forward_pre_hook(lambda m, _: give(m))
+    module.register_forward_hook(lambda m, *_: take_weights(m))
 
 
 def _empty(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

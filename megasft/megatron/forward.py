@@ -1,29 +1,19 @@
-"""Runs converted checkpoints forward with the model a training run builds, and writes logits.
+"""One forward pass of a checkpoint, with the model that a training run builds.
 
-`checkpoint_convert.verify` starts it, on the CPU wherever it runs, so that the same comparison is
-made on a laptop and on a cluster. In float32, whatever the checkpoint is stored in: loading widens,
-and only rounding is left between two programs that compute the same. Starting processes is what
-costs, so one start serves a list of cases.
-
-Usage: torchrun --nproc-per-node N -m megasft.proof.forward CASES.json, a list of ``Case`` fields.
+In float32, whatever the checkpoint is stored in: loading widens, and only rounding is left between
+two programs that compute the same.
 """
 
 import argparse
-import logging
-import os
-import sys
-import traceback
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import torch
 
-from checkpoint_convert.verify import workers
-from megasft.errors import ConversionError, MegasftError
-from megasft.megatron import cpu
-from megasft.run.start import accept
+from megasft.errors import ConversionError
+from megasft.megatron import flags
 from megasft.training import arguments
 
 FORWARD_FLAGS: Final = (
@@ -31,7 +21,6 @@ FORWARD_FLAGS: Final = (
     *("--attention-dropout", "0", "--no-load-optim", "--no-load-rng", "--finetune"),
 )
 """What Megatron's parser asks for beside the model, to load it and go forward once."""
-
 
 OF_TRAINING: Final = frozenset(
     (
@@ -56,10 +45,37 @@ OF_ANY_MODEL: Final = frozenset(
 """Flags that change what the same tensors compute, compared also where no model file sets them."""
 
 
-class Case(workers.Case):
-    """One checkpoint and layout, as the worker sees it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One checkpoint and layout.
 
-    __slots__ = ()
+    Attributes:
+        model_flags: Of the model, when ``checkpoint`` has no flags file.
+        flags: Of the layout.
+        checkpoint: What ``--save`` named, or a converted checkpoint.
+        iteration: Name of the folder in it, ``release`` for a conversion.
+        documents: Token ids, laid end to end in one row.
+        output: File of the logits, float32 [tokens, vocabulary]. Beside it ``.error`` says why
+            there are none, and ``.layers`` holds what was found layer by layer.
+        rounded_to: dtype that parameters are rounded to before they are used.
+        hidden: Folder with Hugging Face's hidden states, to go layer by layer; else the whole
+            model is in memory.
+    """
+
+    model_flags: tuple[str, ...]
+    flags: tuple[str, ...]
+    checkpoint: str
+    iteration: str
+    documents: tuple[tuple[int, ...], ...]
+    output: str
+    hidden: str | None = None
+    rounded_to: str | None = None
+
+    @property
+    def num_layers_done(self) -> int:
+        """Layers finished so far, of a case that goes layer by layer."""
+        path = Path(self.output).with_suffix(".progress")
+        return len(path.read_bytes()) if path.is_file() else 0
 
     @property
     def row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,36 +88,23 @@ class Case(workers.Case):
     def all_flags(self) -> list[str]:
         """Return every flag, with what a forward pass needs beside the model."""
         folder = Path(self.checkpoint)
-        flags = [*self.model_flags, *FORWARD_FLAGS, *self.flags]
+        given = [*self.model_flags, *FORWARD_FLAGS, *self.flags]
         if self.iteration == "release":
-            flags += ["--pretrained-checkpoint", self.checkpoint]
+            given += ["--pretrained-checkpoint", self.checkpoint]
         else:
             number = self.iteration.removeprefix("iter_").lstrip("0") or "0"
-            flags += ["--load", self.checkpoint, "--ckpt-step", number]
+            given += ["--load", self.checkpoint, "--ckpt-step", number]
         if (folder / arguments.MODEL_FILE).is_file():
-            flags += ["--megasft-hf", self.checkpoint]
-        return flags
-
-    def write(self, path: Path, content: Any) -> None:
-        """Write a file that appears whole."""
-        unfinished = path.with_name(path.name + ".tmp")
-        torch.save(content, unfinished)
-        unfinished.replace(path)
+            given += ["--megasft-hf", self.checkpoint]
+        return given
 
 
-def start(case: Case) -> tuple[Any, Any]:
-    """Start as a training run does, without data; return Megatron's args and the model's config."""
-    from megatron.training.global_vars import set_global_variables
+def initialize(args: Any) -> None:
+    """Make Megatron's process groups and globals, as a run without data."""
     from megatron.training.initialize import initialize_megatron
 
-    args = arguments.parse(case.all_flags())
-    longest = max(map(len, case.documents))
-    # Rows are as long as their documents together; Megatron only checks this one.
-    args.seq_length = max(8, min(longest, args.max_position_embeddings or longest) // 8 * 8)
-    config = accept(args)
-    set_global_variables(args, build_tokenizer=False)
+    flags.publish(args)
     initialize_megatron()
-    return args, config
 
 
 def require_same_model(args: Any, case: Case) -> None:
@@ -113,14 +116,14 @@ def require_same_model(args: Any, case: Case) -> None:
         ConversionError: It was trained with other flags.
     """
     from megatron.core import dist_checkpointing
-    from megatron.training.arguments import add_megatron_arguments
 
     folder = str(Path(case.checkpoint) / case.iteration)
     saved = dist_checkpointing.load_common_state_dict(folder).get("args")
     if saved is None:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser = arguments.add_arguments(add_megatron_arguments(parser))
+    flags.add_flags(parser)
+    arguments.add_arguments(parser)
     given = {a.dest for a in parser._actions if set(a.option_strings) & set(case.model_flags)}
     wrong = [
         f"{name} is {getattr(saved, name)!r} and not {getattr(args, name)!r}"
@@ -211,63 +214,3 @@ def forward(model: Any, case: Case) -> torch.Tensor | None:
     following = groups.get_pipeline_model_parallel_next_rank()
     torch.distributed.send(output.contiguous(), following)
     return None
-
-
-def run(case: Case) -> None:
-    """Do what a case asks for and write its files, from the last rank."""
-    output = Path(case.output)
-    args, config = start(case)
-    require_same_model(args, case)
-    if case.hidden is not None:
-        from megasft.proof.layerwise import forward_by_layer
-
-        logits, layers = forward_by_layer(config, case)
-        output.with_suffix(".layers").write_bytes(
-            orjson.dumps(layers, option=orjson.OPT_SERIALIZE_NUMPY)
-        )
-        case.write(output, logits)
-        return
-    model = build(config)
-    load_whole(model, case)
-    found = forward(model, case)
-    if found is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        case.write(output, found)
-
-
-def report(error: BaseException, case: Case) -> None:
-    """Write why a case gave nothing; of several ranks the first one's reason stays."""
-    path = Path(case.output).with_suffix(".error")
-    is_fault = isinstance(error, MegasftError)
-    text = str(error) if is_fault else "".join(traceback.format_exception(error))
-    try:
-        with path.open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        return
-
-
-def main() -> None:
-    """Run every case of the list; alone, a process goes on after one that fails."""
-    from megasft.proof.worker import forget
-
-    cpu.prepare()
-    cpu.skip_missing_makefile()
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    for fields in orjson.loads(Path(sys.argv[1]).read_bytes()):
-        case = Case(**fields)
-        try:
-            run(case)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            report(error, case)
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise  # the others may be waiting for this process
-        if torch.distributed.is_initialized():
-            forget()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

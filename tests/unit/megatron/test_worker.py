@@ -14,7 +14,7 @@ import torch
 from megasft.megatron import cpu
 cpu.prepare()
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megasft.proof.worker import forget
+from megasft.megatron.worker import forget
 store = torch.distributed.HashStore()
 torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
 group = torch.distributed.new_group([0])
