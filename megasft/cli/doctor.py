@@ -39,8 +39,8 @@ def doctor(
         typer.Option(
             min=1,
             metavar="N",
-            help="ranks of the run; default: WORLD_SIZE, else this machine's "
-            "GPUs, else one copy of the model",
+            help="ranks of the run; default: those of the RUN.YAML, WORLD_SIZE, this machine's "
+            "GPUs, or one copy of the model",
         ),
     ] = None,
     gpu_memory_gb: Annotated[
@@ -61,6 +61,8 @@ def doctor(
     """Find what is wrong with a run before it starts, from its flags, stores and machine.
 
     `megasft doctor`  (this machine alone)
+
+    `megasft doctor run.yaml optim.lr=2e-5`  (the run that `megasft train` would start)
 
     `megasft doctor --world-size 64 --gpu-memory-gb 80 --megasft-data store --megasft-hf ckpt ...`
 
@@ -89,6 +91,14 @@ def doctor(
 
 def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Report:
     with _quiet():
+        if flags and not flags[0].startswith("-"):
+            from megasft.launch.examination import examine
+            from megasft.launch.run import resolve
+
+            return examine(resolve(Path(flags[0]), flags[1:]), wishes, world_size=world_size)
+        from megasft.megatron import cpu
+
+        cpu.prepare()
         from megasft.checks.run import machine
         from megasft.checks.run.subject import Subject
         from megasft.run import start
@@ -104,15 +114,12 @@ def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Re
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Import Megatron, and print nothing meanwhile: the report says what matters of it."""
+    """Print nothing while Megatron is imported: the report says what matters of it."""
     import logging
-
-    from megasft.megatron import cpu
 
     logging.getLogger("megasft").addHandler(logging.NullHandler())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cpu.prepare()
         yield
 
 

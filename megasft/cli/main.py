@@ -75,7 +75,7 @@ def megasft() -> None:
 
     `torchrun -m megasft.pretrain_sft --megasft-data store ...`
 
-    or as one file: `megasft train run.yaml` (what is wrong with it? `megasft doctor`)
+    or as one file: `megasft train run.yaml` (what is wrong with it? `megasft doctor run.yaml`)
 
     **4.** look at the run: `megasft plot ckpt/run`, and at the step where the loss jumped:
 

@@ -13,6 +13,8 @@ import typer
 
 from megasft.errors import FlagError
 
+logger = logging.getLogger(__name__)
+
 
 def train(
     config: Annotated[
@@ -55,6 +57,9 @@ def train(
     Paths are relative to the current directory. The same command, given again, goes on from the
     last checkpoint in `checkpoint.save`.
 
+    **see what is wrong with it:** `megasft doctor run.yaml optim.lr=2e-5`; what that finds wrong
+    ends this command too, before the model is converted.
+
     **see what it would do:** `megasft train run.yaml optim.lr=2e-5 --dry-run`
 
     **find a key:** `megasft train --keys warmup`
@@ -70,13 +75,24 @@ def train(
         return
     if config is None:
         raise FlagError("RUN.YAML is missing; `megasft train --help` shows one")
-    from megasft.launch.backends import start
+    # What is printed while Megatron is imported is said by rank 0.
+    logging.getLogger("megasft").addHandler(logging.NullHandler())
+    from megasft.checks.engine import Severity
+    from megasft.launch import backends
+    from megasft.launch.examination import examine
     from megasft.launch.run import resolve
     from megasft.pretrain_sft import configure_logging
+    from megasft.run.start import require
 
-    configure_logging(rank=0)
     run = resolve(config, overrides or ())
-    raise typer.Exit(start(run, environ, is_dry=dry_run))
+    report = examine(run)
+    configure_logging(rank=0)
+    if dry_run:
+        backends.print_run(run, environ)
+        for warning in report.of(Severity.WARNING):  # rank 0 says them otherwise
+            logger.warning("%s", warning.message)
+    require(report)
+    raise typer.Exit(0 if dry_run else backends.start(run, environ))
 
 
 def _list(part: str) -> None:

@@ -6,26 +6,18 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from megasft.errors import FlagError
 from megasft.launch import command
 from megasft.launch.run import Run
 
 
-def start(run: Run, environ: Mapping[str, str], *, is_dry: bool = False) -> int:
+def start(run: Run, environ: Mapping[str, str]) -> int:
     """Start a run by its backend, and return the exit code.
 
     Args:
         run: Resolved.
         environ: Of this process, before Megatron was imported.
-        is_dry: Print what would be started instead.
-
-    Raises:
-        FlagError: There is no such backend.
     """
-    backend = BACKENDS.get(run.launch.backend)
-    if backend is None:
-        raise FlagError(f"launch.backend is {run.launch.backend}; there are: {', '.join(BACKENDS)}")
-    return print_run(run, environ) if is_dry else backend(run, environ)
+    return BACKENDS[run.launch.backend](run, environ)
 
 
 def print_run(run: Run, environ: Mapping[str, str]) -> int:

@@ -49,6 +49,15 @@ OWN_KEYS: Final = {
 }
 """Keys that are no flags, and what they mean."""
 
+_USUAL_SECTIONS: Final = {
+    **dict.fromkeys(("seq_length", "micro_batch_size", "global_batch_size", "num_workers"), "data"),
+    **dict.fromkeys(("save", "save_interval", "keep_last", "load"), "checkpoint"),
+    **dict.fromkeys(("eval_interval", "eval_micro_batch_size"), "eval"),
+    **dict.fromkeys(("log_interval", "tensorboard_dir"), "log"),
+    "recompute_granularity": "parallel",
+}
+"""Where one looks for keys that other tools name otherwise, but for ``optim``; any will do."""
+
 _HF_FLAG: Final = "--megasft-hf"
 _PREFIX: Final = "--megasft-"
 _NEGATIONS: Final = ("no_", "disable_")
@@ -152,7 +161,7 @@ class Catalog:
         if key == _key(_HF_FLAG):
             raise FlagError("megasft_hf is model.hf here")
         if key in OTHER_NAMES:
-            raise FlagError(f"unknown key {key}; {other_name(key, _home(section, key))}")
+            raise FlagError(f"unknown key {key}; {here(key)}")
         raise FlagError(f"unknown key {key}{self._nearest(section, key)}")
 
     def _nearest(self, section: str, key: str) -> str:
@@ -220,6 +229,11 @@ class Catalog:
             )
         return []
 
+    def options(self, spelling: Spelling) -> list[str]:
+        """Return all flags that set what a flag sets."""
+        actions = self._parser._actions
+        return [o for a in actions if a.dest == spelling.action.dest for o in a.option_strings]
+
     def nearest_section(self, section: str) -> str:
         """Return what an unknown section was probably meant to be, for an error's end."""
         close = difflib.get_close_matches(section, SECTIONS, n=1)
@@ -265,12 +279,17 @@ def _if_in(part: str, key: str, kind: str, text: str) -> Iterator[tuple[str, str
         yield key, kind, " ".join(text.split())
 
 
-def _home(section: str, other: str) -> str:
-    """Return the key that says here what a name of another tool says there."""
+def here(other: str) -> str:
+    """Say which key it is here that another tool has under its name.
+
+    Example:
+        >>> here("output_dir")
+        'here it is checkpoint.save'
+    """
     flag = OTHER_NAMES[other]
     named = {spelled: place for place, spelled in SHORT_NAMES.items()} | {_HF_FLAG: ("model", "hf")}
-    anywhere = "optim" if section == LAUNCH else section
-    return ".".join(named.get(flag, (anywhere, _key(flag).removeprefix("megasft_"))))
+    key = _key(flag).removeprefix("megasft_")
+    return other_name(other, ".".join(named.get(flag, (_USUAL_SECTIONS.get(key, "optim"), key))))
 
 
 def _key(option: str) -> str:

@@ -7,7 +7,7 @@ OmegaConf forgets, because an error without its line costs a search through a lo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,7 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megasft.errors import FlagError
 from megasft.launch import written
+from megasft.launch.catalog import here
+from megasft.training.unknown_flags import OTHER_NAMES
 
+OVERRIDE: Final = "override "
+"""Begins the place of what the command line set."""
 _CLOCK_TIME: Final = re.compile(r"[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
@@ -44,6 +48,11 @@ class Setting:
         """Section and key, as an override has them."""
         return f"{self.section}.{self.key}"
 
+    @property
+    def source(self) -> str:
+        """Place and name; an override has both."""
+        return self.place if self.place.startswith(OVERRIDE) else f"{self.place} {self.name}"
+
 
 def read(path: Path, overrides: Sequence[str]) -> list[Setting]:
     """Read a file, put the overrides over it, and resolve interpolations.
@@ -59,7 +68,7 @@ def read(path: Path, overrides: Sequence[str]) -> list[Setting]:
     try:
         _refuse_clock_times(text, path)
         lines = _lines(text)
-        tree = OmegaConf.create(_with_underscores(_sections(text, path), path))
+        tree = OmegaConf.create(_with_underscores(_sections(text, path), path, lines))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
@@ -69,7 +78,7 @@ def read(path: Path, overrides: Sequence[str]) -> list[Setting]:
     for number, change in enumerate(changes):
         if any(other.name == change.name for other in changes[:number]):
             raise FlagError(f"{change.name} is given by two overrides; drop one of them")
-        places[change.section, change.key] = place = f"override {change.shown}"
+        places[change.section, change.key] = place = f"{OVERRIDE}{change.shown}"
         tree = _merged(tree, change, place)
     try:
         raw: Any = OmegaConf.to_container(tree, resolve=False)
@@ -104,12 +113,17 @@ def _sections(text: str, path: Path) -> dict[Any, Any]:
     return plain
 
 
-def _with_underscores(content: dict[Any, Any], path: Path) -> dict[str, Any]:
+def _with_underscores(
+    content: dict[Any, Any], path: Path, lines: Mapping[tuple[str, str], int]
+) -> dict[str, Any]:
     """Write the names of two levels with underscores, so that an override meets its key."""
     sections: dict[str, Any] = {}
     for section, keys in content.items():
         if keys is not None and not isinstance(keys, dict):
-            raise FlagError(f"{path}: {section} is not a section with keys; put the key in one")
+            key = _underscored(str(section))
+            hint = here(key) if key in OTHER_NAMES else "put the key in one, as optim: {lr: 1e-5}"
+            line = lines.get((key, ""), 1)
+            raise FlagError(f"{path}:{line}: {section} is not a section with keys; {hint}")
         for key in keys or {}:
             if not isinstance(key, str):
                 raise FlagError(f"{path}: YAML takes the key {section}.{key} for no text; quote it")
@@ -122,16 +136,15 @@ def _with_underscores(content: dict[Any, Any], path: Path) -> dict[str, Any]:
 
 
 def _lines(text: str) -> dict[tuple[str, str], int]:
-    """Return the line of each key of the second level, from 1."""
+    """Return the line of each section, under the key "", and of each of its keys, from 1."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
-        return {}
-    return {
-        (_underscored(section.value), _underscored(key.value)): key.start_mark.line + 1
-        for section, keys in root.value
-        if isinstance(keys, yaml.MappingNode)
-        for key, _ in keys.value
-    }
+    lines: dict[tuple[str, str], int] = {}
+    for section, keys in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = _underscored(section.value)
+        lines[name, ""] = section.start_mark.line + 1
+        for key, _ in keys.value if isinstance(keys, yaml.MappingNode) else ():
+            lines[name, _underscored(key.value)] = key.start_mark.line + 1
+    return lines
 
 
 class _Change(NamedTuple):

@@ -157,7 +157,7 @@ def rank_environments(
 
 def _place(ray: Any, run: Run) -> Any:
     launch = run.launch
-    num_ranks = launch.nnodes * launch.nproc_per_node
+    num_ranks = launch.num_ranks
     bundle = {"CPU": 1} if launch.cpu else {"CPU": 1, "GPU": 1}
     group = ray.util.placement_group([bundle] * num_ranks, strategy="PACK")
     short = {
@@ -194,7 +194,7 @@ def _actors(ray: Any, run: Run, group: Any) -> list[Any]:
                 placement_group=group, placement_group_bundle_index=index
             )
         ).remote()
-        for index in range(run.launch.nnodes * run.launch.nproc_per_node)
+        for index in range(run.launch.num_ranks)
     ]
 
 

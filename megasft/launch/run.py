@@ -1,8 +1,8 @@
 """A run, ready to be started: the flags of its ranks, what comes before and what after.
 
-Everything a run.yaml can get wrong about flags is found here, before anything is converted or
-started. Megatron's own parser reads the whole command at the end, so a command that is printed is
-one that it accepts.
+Every key and value of a run.yaml that is no flag's is found here. Megatron's own parser reads the
+whole command at the end, once; what it read is examined next (``launch/examination.py``), before
+anything is converted or started.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from megasft.launch.config import Setting, read
 from megasft.launch.prepare import Conversion
 from megasft.launch.settings import LAUNCH_HELP, Launch, complete, rank_environment
 from megasft.launch.written import Hidden
+from megasft.training.arguments import MODEL_FILE
 
 MODULE: Final = "megasft.pretrain_sft"
 RESUME: Final = ("auto", "never")
+PER_TOKEN: Final = "--calculate-per-token-loss"
+"""The only thing the loss function works with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,8 @@ class Run:
 
     Attributes:
         argv: Flags of ``python -m megasft.pretrain_sft``.
+        args: What these are parsed to; a model yet to be converted is its Hugging Face folder.
+        given: The setting of each flag, and of each key of ``launch`` by its name.
         environment: Of the ranks, beside that of the process that starts them.
         settings: As they were given, interpolations resolved.
         overrides: As they were given on the command line, but for secrets.
@@ -49,6 +54,8 @@ class Run:
     config: Path
     launch: Launch
     argv: tuple[str, ...]
+    args: Any
+    given: dict[str, Setting]
     environment: dict[str, str]
     settings: tuple[Setting, ...]
     overrides: tuple[str, ...]
@@ -81,37 +88,42 @@ def resolve(config: Path, overrides: Sequence[str]) -> Run:
         ConversionError: The model cannot be expressed in Megatron's flags.
     """
     settings = read(config, overrides)
-    hidden = Hidden.of(settings, os.environ)
+    environ = dict(os.environ)  # before torch and Megatron add to it
+    hidden = Hidden.of(settings, environ)
     try:
-        return _resolved(config, overrides, settings, hidden)
+        return _resolved(config, overrides, settings, hidden, environ)
     except (FlagError, ConversionError) as error:
         raise type(error)(hidden.message(str(error))) from None
 
 
 def _resolved(
-    config: Path, overrides: Sequence[str], settings: Sequence[Setting], hidden: Hidden
+    config: Path,
+    overrides: Sequence[str],
+    settings: Sequence[Setting],
+    hidden: Hidden,
+    environ: Mapping[str, str],
 ) -> Run:
     from megasft.training import arguments
 
     by_name = {setting.name: setting for setting in settings}
-    launch = _launch(settings)
+    launch = _launch(settings, environ)
     # A flag may stand in any section.
     save = _path(next((setting for setting in settings if setting.key == "save"), None))
     model = _Model.read(by_name, save)
-    preset = [*arguments.DEFAULT_FLAGS, *model.flags]
-    argv = _argv(settings, Catalog(preset))
+    argv, given = _argv(settings, Catalog([*arguments.DEFAULT_FLAGS, *model.flags]))
     # The folder that --megasft-hf will name may not be there yet: its flags stand for it.
-    args = _accept([*model.flags, *argv])
-    argv += model.argv + _resume(by_name.get("checkpoint.resume"), args, launch)
-    if launch.backend == "local":
-        # A login node may lack the GPUs and packages of the nodes that compute, so that what
-        # depends on these is left to the ranks there.
-        arguments.check(args)
+    args = arguments.parse([*model.flags, *argv])
+    argv += model.start(args)
+    if _resumes(by_name.get("checkpoint.resume"), args, launch):
+        argv += ["--load", args.save]
+        args.load, given["--load"] = args.save, given["--save"]
     return Run(
         config=config,
         launch=launch,
         argv=tuple(argv),
-        environment=rank_environment(launch, args, os.environ),
+        args=args,
+        given=given,
+        environment=rank_environment(launch, args, environ),
         settings=tuple(settings),
         overrides=tuple(map(written.override, overrides)),
         hidden=hidden,
@@ -122,7 +134,7 @@ def _resolved(
     )
 
 
-def _launch(settings: Iterable[Setting]) -> Launch:
+def _launch(settings: Iterable[Setting], environ: Mapping[str, str]) -> Launch:
     import torch
 
     from megasft.megatron import cpu
@@ -138,14 +150,17 @@ def _launch(settings: Iterable[Setting]) -> Launch:
             raise FlagError(f"{setting.place}: {setting.name}: {reason}") from error
     launch = OmegaConf.to_object(tree)
     assert isinstance(launch, Launch)
-    complete(launch, os.environ, num_gpus=0 if cpu.is_needed() else torch.cuda.device_count())
+    if launch.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as of its ranks; this process computes nothing
+    is_on_cpu = cpu.prepare()  # before Megatron is imported
+    complete(launch, environ, num_gpus=0 if is_on_cpu else torch.cuda.device_count())
     return launch
 
 
-def _argv(settings: Iterable[Setting], catalog: Catalog) -> list[str]:
-    """Turn settings into flags; each error names the setting's line."""
+def _argv(settings: Iterable[Setting], catalog: Catalog) -> tuple[list[str], dict[str, Setting]]:
+    """Turn settings into flags, and say which set which; each error names the setting's line."""
     argv: list[str] = []
-    first: dict[str, Setting] = {}
+    given: dict[str, Setting] = {}
     for setting in settings:
         if setting.section not in SECTIONS:
             end = catalog.nearest_section(setting.section)
@@ -153,20 +168,23 @@ def _argv(settings: Iterable[Setting], catalog: Catalog) -> list[str]:
         if (setting.section, setting.key) in OWN_KEYS:
             continue
         if setting.section == LAUNCH and setting.key in LAUNCH_HELP:
+            given[setting.name] = setting
             continue
         try:
             spelling = catalog.find(setting.section, setting.key)
             flags = catalog.flags(spelling, setting.value)
         except FlagError as error:
             raise FlagError(f"{setting.place}: {setting.name}: {error}") from None
-        if (other := first.setdefault(spelling.action.dest, setting)) is not setting:
+        if (other := given.get(spelling.option)) is not None:
             raise FlagError(
                 f"{setting.place}: {setting.name} sets {spelling.option}, which {other.name} "
                 f"({other.place}) sets already; drop one of them"
             )
         argv += flags
-    # The only thing the loss function works with; false is left to the checks, which say why.
-    return argv if "calculate_per_token_loss" in first else [*argv, "--calculate-per-token-loss"]
+        given |= dict.fromkeys(catalog.options(spelling), setting)
+    if PER_TOKEN not in given:  # false is left to the checks, which say why
+        argv.append(PER_TOKEN)
+    return argv, given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,18 +192,22 @@ class _Model:
     """The model as ``model.hf`` names it.
 
     Attributes:
-        source: Folder that is named, where it is a Hugging Face folder.
         flags: Megatron's flags for the model.
     """
 
-    source: Path | None = None
     converted: Path | None = None
     conversion: Conversion | None = None
     flags: tuple[str, ...] = ()
 
-    @property
-    def argv(self) -> list[str]:
-        return [] if self.converted is None else ["--megasft-hf", str(self.converted)]
+    def start(self, args: Any) -> list[str]:
+        """Return the flags that start a run from the model; parsed flags get what is there now."""
+        if self.converted is None:
+            return []
+        args.megasft_hf = str(self.converted)
+        if self.conversion is not None and not (self.converted / MODEL_FILE).is_file():
+            args.megasft_hf = str(self.conversion.source)
+        args.pretrained_checkpoint = args.pretrained_checkpoint or args.megasft_hf
+        return ["--megasft-hf", str(self.converted)]
 
     @classmethod
     def read(cls, settings: Mapping[str, Setting], save: Path | None) -> _Model:
@@ -205,11 +227,11 @@ class _Model:
         flags = prepare.model_flags(folder, setting.place)
         output = cache / prepare.cache_name(folder)
         conversion = Conversion(source=folder, output=output, is_verified=_verify(settings))
-        return cls(source=folder, converted=output, conversion=conversion, flags=flags)
+        return cls(converted=output, conversion=conversion, flags=flags)
 
 
-def _resume(setting: Setting | None, args: Any, launch: Launch) -> list[str]:
-    """Return ``--load`` where the run is to go on from its own checkpoints."""
+def _resumes(setting: Setting | None, args: Any, launch: Launch) -> bool:
+    """Say whether the run is to go on from its own checkpoints, by ``--load``."""
     resume = "auto" if setting is None else setting.value
     if resume not in RESUME:
         place = "" if setting is None else f"{setting.place}: "
@@ -224,8 +246,7 @@ def _resume(setting: Setting | None, args: Any, launch: Launch) -> list[str]:
             "checkpoint.resume auto, and no other checkpoint.load; otherwise each restart begins "
             "where this start did"
         )
-    is_auto = resume == "auto" and args.save and not args.load
-    return ["--load", args.save] if is_auto else []
+    return bool(resume == "auto" and args.save and not args.load)
 
 
 def _export(settings: Mapping[str, Setting], save: Path | None, model: _Model) -> Conversion | None:
@@ -254,13 +275,6 @@ def _verify(settings: Mapping[str, Setting]) -> bool:
     if setting is not None and not isinstance(setting.value, bool):
         raise FlagError(f"{setting.place}: model.verify is {setting.value!r}; it is true or false")
     return setting is None or setting.value
-
-
-def _accept(argv: Sequence[str]) -> Any:
-    """Let Megatron's own parser read all flags, and return them."""
-    from megasft.training import arguments
-
-    return arguments.parse(argv)
 
 
 def program(name: str) -> str:

@@ -8,6 +8,9 @@ from typing import Any, Final
 
 from megasft.errors import FlagError
 
+HERE: Final = ("local", "torchrun")
+"""Backends that start ranks on this machine."""
+BACKENDS: Final = (*HERE, "slurm", "ray", "print")
 NODE_RANK_VARIABLES: Final = ("NODE_RANK", "SLURM_NODEID", "PET_NODE_RANK")
 """Where a cluster says which node this is, when ``launch.node_rank`` does not."""
 ENDPOINT_PORT: Final = 29500
@@ -94,6 +97,11 @@ class Launch:
         return self.backend == "local" or (self.backend == "print" and self.nnodes == 1)
 
     @property
+    def num_ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.nnodes * self.nproc_per_node
+
+    @property
     def this_node(self) -> int:
         """Which node this process is on."""
         return 0 if self.node_rank is None else self.node_rank
@@ -141,7 +149,9 @@ def complete(launch: Launch, environ: Mapping[str, str], *, num_gpus: int) -> No
     Raises:
         FlagError: With the key and the remedy.
     """
-    is_here = launch.backend in ("local", "torchrun")
+    is_here = launch.backend in HERE
+    if launch.backend not in BACKENDS:
+        raise FlagError(f"launch.backend is {launch.backend}; there are: {', '.join(BACKENDS)}")
     if launch.nnodes < 1 or launch.nproc_per_node < 0 or launch.max_restarts < 0:
         raise FlagError(
             f"launch.nnodes {launch.nnodes}, nproc_per_node {launch.nproc_per_node}, max_restarts "

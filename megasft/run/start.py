@@ -48,10 +48,19 @@ def begin(args: Any) -> Subject:
         logger.warning("%s", finding.message)
     for item in report.unchecked if run.validated is not None else ():
         logger.warning("not checked: %s, since %s", ", ".join(item.rules), item.why)
+    require(report)
+    return run
+
+
+def require(report: Report) -> None:
+    """Let a run go on unless something is wrong with it.
+
+    Raises:
+        FlagError: All that is, with the remedies.
+    """
     errors = [error.message for error in report.of(Severity.ERROR)]
     if errors:
         raise FlagError(_listed(errors))
-    return run
 
 
 def examine(run: Subject, *, in_run: bool = False) -> Report:

@@ -33,9 +33,16 @@ def not_saved(subject: Subject) -> Iterator[Finding]:
 def not_writable(subject: Subject) -> Iterator[Finding]:
     """--save cannot be written to."""
     save = subject.args.save
-    if save and not os.access(existing(Path(save)), os.W_OK | os.X_OK):
+    if not save:
+        return
+    there = existing(Path(save))
+    if not there.is_dir():
         yield Finding(
-            f"--save {save} cannot be written to: no permission in {existing(Path(save))}",
+            f"--save {save} cannot be a folder: {there} is a file", "choose another folder"
+        )
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(
+            f"--save {save} cannot be written to: no permission in {there}",
             "choose another folder, or have it opened",
         )
 

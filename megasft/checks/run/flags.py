@@ -22,6 +22,7 @@ _SIZES = (
     *("global_batch_size", "seq_length", "num_layers", "hidden_size", "num_attention_heads"),
     *("ffn_hidden_size", "num_query_groups", "world_size", "megasft_align_tokens"),
 )
+_STEPS = ("train_iters", "train_samples", "log_interval", "eval_interval")
 
 
 def flag_of(name: str) -> str:
@@ -89,7 +90,7 @@ def contradicting(subject: Subject) -> Iterator[Finding]:
             "--lr-warmup-fraction and --lr-warmup-iters (or -samples) exclude each other",
             "drop one",
         )
-    if args.train_iters and args.lr_warmup_iters >= args.train_iters:
+    if (args.train_iters or 0) > 0 and args.lr_warmup_iters >= args.train_iters:
         yield Finding(
             f"--lr-warmup-iters {args.lr_warmup_iters} is not below --train-iters "
             f"{args.train_iters}: the rate would never be reached",
@@ -110,11 +111,11 @@ def contradicting(subject: Subject) -> Iterator[Finding]:
 
 @rule("size-not-positive", Severity.ERROR, Stage.FLAGS, theme="flags")
 def not_positive(subject: Subject) -> Iterator[Finding]:
-    """A size below 1."""
-    for name in _SIZES:
+    """A size, or a number of steps, below 1."""
+    for name in _SIZES if subject.args.skip_train else (*_SIZES, *_STEPS):
         value = getattr(subject.args, name)
         if value is not None and value < 1:
-            yield Finding(f"{flag_of(name)} is {value}", "a size is 1 at least", {name: value})
+            yield Finding(f"{flag_of(name)} is {value}", "the least is 1", {name: value})
 
 
 @rule("dropout", Severity.WARNING, Stage.FLAGS, theme="flags")

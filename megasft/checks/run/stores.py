@@ -27,6 +27,8 @@ from megasft.training.arguments import MODEL_FILE
 
 SIDE_FOLDER: Final = "hf"
 """Where the conversion keeps what of a Hugging Face folder is not weights."""
+CONFIG: Final = "config.json"
+"""Of a Hugging Face folder."""
 
 _FILES: Final = (TOKENIZER_FILE, "tokenizer.model", "spiece.model")
 _DECIDES_IDS: Final = ("normalizer", "pre_tokenizer")
@@ -97,7 +99,7 @@ def other_tokenizer(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 f"{store.path} was made with another tokenizer than {folder} has ({difference}), "
                 "so its ids are other tokens to the model",
-                f"build the store again with --tokenizer {folder / SIDE_FOLDER}",
+                f"build the store again with --tokenizer {hf_files(folder)}",
                 {"store_sha256": ours.sha256, "model_sha256": model.sha256},
             )
 
@@ -107,9 +109,11 @@ def uncomparable_tokenizer(subject: Subject) -> Iterator[Finding]:
     """A store's tokenizer file differs and cannot be compared."""
     folder = model_folder(subject.args)
     model = tokenizer_of_model(folder) if folder else None
+    if folder is None or model is None:
+        return
     for store in each_store(subject):
         ours = tokenizer_of_store(store)
-        if ours.sha256 is None or model is None or ours.sha256 == model.sha256:
+        if ours.sha256 in (None, model.sha256):
             continue
         if _difference(ours.path, model.path) is None:
             yield Finding(
@@ -117,7 +121,7 @@ def uncomparable_tokenizer(subject: Subject) -> Iterator[Finding]:
                 f"than that in {folder} ({str(model.sha256)[:12]}), and the store's is not where "
                 "store.json says, so ids cannot be compared",
                 f"make sure that they are the same tokenizer: `megasft lint {store.path} "
-                f"--tokenizer {folder}/{SIDE_FOLDER}`, or build again",
+                f"--tokenizer {hf_files(folder)}`, or build again",
             )
 
 
@@ -187,7 +191,7 @@ def same_data(subject: Subject) -> Iterator[Finding]:
 def other_stop(subject: Subject) -> Iterator[Finding]:
     """Turns end where the model's generation does not stop."""
     folder = model_folder(subject.args)
-    known = _stops(folder / SIDE_FOLDER) if folder else []
+    known = _stops(hf_files(folder)) if folder else []
     trained = subject.data.train.store.meta.get("special_tokens", {}).get("end_of_turn") or []
     if known and trained and not set(known) & set(trained):
         yield Finding(
@@ -221,24 +225,34 @@ def model_positions(args: Any) -> int | None:
     folder = model_folder(args)
     if folder is None:
         return None
-    config = orjson.loads((folder / MODEL_FILE).read_bytes()).get("hf_config", {})
+    is_converted = (folder / MODEL_FILE).is_file()
+    config = orjson.loads((folder / (MODEL_FILE if is_converted else CONFIG)).read_bytes())
+    config = config.get("hf_config") or config
     config = config.get("text_config") or config
     found = config.get("max_position_embeddings")
     return None if found is None else int(found)
 
 
 def model_folder(args: Any) -> Path | None:
-    """Return the converted checkpoint that a run starts from, if there is one."""
+    """Return the converted checkpoint that a run starts from, if there is one.
+
+    It is a Hugging Face folder where ``megasft train`` has yet to convert it.
+    """
     for folder in (args.megasft_hf, args.pretrained_checkpoint, args.load):
-        if folder and (Path(folder) / MODEL_FILE).is_file():
+        if folder and any((Path(folder) / name).is_file() for name in (MODEL_FILE, CONFIG)):
             return Path(folder)
     return None
+
+
+def hf_files(folder: Path) -> Path:
+    """Return where the Hugging Face files of a model folder are."""
+    return folder / SIDE_FOLDER if (folder / MODEL_FILE).is_file() else folder
 
 
 def tokenizer_of_model(folder: Path | None) -> Tokenizer | None:
     """Return the tokenizer that a conversion kept; None without one."""
     for name in _FILES if folder else ():
-        path = Path(str(folder)) / SIDE_FOLDER / name
+        path = hf_files(Path(str(folder))) / name
         if path.is_file():
             return Tokenizer(hashlib.sha256(path.read_bytes()).hexdigest(), path)
     return None
@@ -307,7 +321,7 @@ def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _stops(folder: Path) -> list[int]:
-    for name in ("generation_config.json", "config.json"):
+    for name in ("generation_config.json", CONFIG):
         try:
             found = orjson.loads((folder / name).read_bytes()).get("eos_token_id")
         except (OSError, orjson.JSONDecodeError):

@@ -8,6 +8,7 @@ import pytest
 
 from megasft.cli.main import main
 from tests.tiny_tokenizer import make_tokenizer
+from tests.unit.checks.run.conftest import World
 
 
 class Seen(NamedTuple):
@@ -19,6 +20,11 @@ class Seen(NamedTuple):
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ def keep_loggers() -> Iterator[None]:
     logger.handlers[:] = before
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("doctor"))
-
-
 def test_without_flags_only_the_machine_is_looked_at(megasft: Doctor) -> None:
     seen = megasft("doctor")
     assert seen.code == 0

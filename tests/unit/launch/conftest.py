@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megasft.launch.run import Run, resolve
-from megasft.megatron.cpu import remember_docstrings
+from megasft.megatron import cpu
 from megasft.training.arguments import MODEL_FILE
 
 MODEL_FLAGS = (
@@ -16,6 +16,18 @@ MODEL_FLAGS = (
     *("--max-position-embeddings", "512", "--padded-vocab-size", "256", "--swiglu"),
     *("--position-embedding-type", "rope", "--disable-bias-linear"),
 )
+HF_CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 RUN_YAML = """
 launch:
   nproc_per_node: 2
@@ -39,7 +51,8 @@ checkpoint:
 @pytest.fixture(scope="session", autouse=True)
 def flags_parsed_quickly() -> None:
     """Building Megatron's parser is 0.3 s of CPU with its help read from sources, and many do."""
-    remember_docstrings()
+    cpu.prepare()  # which sets a variable, once in a process
+    cpu.remember_docstrings()
 
 
 @pytest.fixture
@@ -63,6 +76,16 @@ def write_run(folder: Path) -> Callable[[str], Path]:
         return Path("run.yaml")
 
     return write
+
+
+def write_hf(folder: Path, tokenizer: Path | None = None) -> Path:
+    """Write what of a Hugging Face folder is read before it is converted."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG))
+    if tokenizer is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return folder
 
 
 def write_programs(folder: Path, programs: dict[str, str]) -> None:

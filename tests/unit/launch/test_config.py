@@ -74,7 +74,7 @@ def test_a_setting_knows_its_line_or_its_override(write_run: Callable[[str], Pat
     ("text", "overrides", "message"),
     [
         ("- a\n- b", (), "run.yaml is a list; a run has sections"),
-        ("optim: 3", (), "run.yaml: optim is not a section with keys"),
+        ("optim: 3", (), "run.yaml:1: optim is not a section with keys; put the key in"),
         ("optim: {lr: [1}", (), "run.yaml:1: "),
         ("optim:\n  lr: 1\n  lr: 2", (), "run.yaml:3: found duplicate key lr"),
         ("optim: {min-lr: 1, min_lr: 2}", (), "optim.min_lr is set twice, with dashes and without"),

@@ -1,6 +1,5 @@
 """A run.yaml comes to one command, which Megatron's parser accepts, or to one error."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ from megasft.launch.run import Run, resolve
 from megasft.training import arguments
 from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
-from tests.unit.launch.conftest import RUN_YAML
+from tests.unit.launch.conftest import RUN_YAML, write_hf
 
 ROOT = Path(__file__).resolve().parents[3]
 ON_TWO_NODES = ["launch.backend=torchrun", "launch.nnodes=2", "launch.master_addr=h"]
@@ -53,8 +52,6 @@ def test_the_first_start_may_come_from_another_checkpoint(resolved: Callable[...
         (["model.no_rope_fusion=true", "model.rope_fusion=false"], "which model.no_rope_fusion"),
         (["optimizer.lr=1"], r"unknown section optimizer; did you mean optim\?"),
         (["optim.lr=fast"], r"override optim.lr=fast: optim.lr: invalid float value: 'fast'"),
-        (["loss.calculate_per_token_loss=false"], "without --calculate-per-token-loss Megatron"),
-        (["data.store=null"], "--megasft-data STORE is missing"),
         (["launch.nproc_per_node=two"], r"launch.nproc_per_node: Value 'two'"),
         (["launch.nproc_per_node=null"], "launch.nproc_per_node: not given; say how many ranks"),
         (["launch.nnodes=2"], "launch.backend local is this machine alone"),
@@ -90,6 +87,33 @@ def test_a_wrong_configuration_is_one_error_before_anything_starts(
 def test_a_folder_that_holds_no_model_is_named_with_its_line(resolved: Callable[..., Run]) -> None:
     with pytest.raises(ConversionError, match=r"model.hf: absent is not there; give a Hug"):
         resolved("model.hf=absent")
+    fetch = "model.hf: Qwen/Qwen3-8B is not a folder here; .* hf download Qwen/Qwen3-8B --local-dir"
+    with pytest.raises(ConversionError, match=fetch):
+        resolved("model.hf=Qwen/Qwen3-8B")
+
+
+OTHERS = {
+    "learning_rate": "optim.lr",
+    "per_device_train_batch_size": "data.micro_batch_size",
+    "gradient_accumulation_steps": r"data.global_batch_size \(the micro-batch size x data-parallel",
+    "num_train_epochs": "optim.epochs",
+    "max_seq_length": "data.seq_length",
+    "output_dir": "checkpoint.save",
+    "model_name_or_path": "model.hf",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_name_of_another_tool_is_answered_with_its_key_and_line(
+    write_run: Callable[[str], Path], other: str
+) -> None:
+    with pytest.raises(
+        FlagError, match=rf"^run.yaml:9: {other} is not a.*here it is {OTHERS[other]}"
+    ):
+        resolve(write_run("# top\n" + "\n" * 7 + f"{other}: 3\n"), ())
+    within = rf"^run.yaml:2: model.{other}: unknown key {other}; here it is {OTHERS[other]}"
+    with pytest.raises(FlagError, match=within):
+        resolve(write_run(f"launch: {{nproc_per_node: 1}}\nmodel: {{{other}: 3}}\n"), ())
 
 
 def test_the_export_of_an_earlier_start_may_be_there(
@@ -107,12 +131,7 @@ def test_the_export_of_an_earlier_start_may_be_there(
 def test_a_hugging_face_folder_gives_the_flags_before_it_is_converted(
     write_run: Callable[[str], Path], folder: Path
 ) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
-    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **sizes, **heads}
-    (folder / "hf").mkdir()
-    (folder / "hf" / "config.json").write_text(json.dumps(config))
-
+    write_hf(folder / "hf")
     run = resolve(write_run(RUN_YAML), ["model.hf=hf", "checkpoint.export_hf=true"])
 
     assert run.conversion is not None and run.export is not None

@@ -168,7 +168,7 @@ WRONG: dict[str, Wrong] = {
         {"save_interval": None}, "without --save-interval: Megatron needs both", ("missing-flag",)
     ),
     "size below one": Wrong(
-        {"global_batch_size": 0}, "--global-batch-size is 0; a size is 1", ("size-not-positive",)
+        {"global_batch_size": 0}, "--global-batch-size is 0; the least is 1", ("size-not-positive",)
     ),
     "global batch": Wrong(
         {"global_batch_size": 6},
@@ -265,7 +265,7 @@ WRONG: dict[str, Wrong] = {
     ),
     "nowhere to save": Wrong(
         {"save": "{store}/store.json/run"},
-        "cannot be written to: no permission in",
+        r"store.json/run cannot be a folder: .*store.json is a file; choose another folder",
         ("save-not-writable",),
     ),
     "full disk": Wrong(

@@ -183,3 +183,11 @@ def test_disk_space_is_asked_of_the_nearest_folder_that_exists(
 def test_a_folder_without_permission_is_found(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert list(checkpoints.not_writable(run_of(save=str(tmp_path / "run"))))
+
+
+def test_a_file_where_checkpoints_are_to_be_is_found(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for save in (tmp_path / "file", tmp_path / "file" / "run"):
+        (hit,) = checkpoints.not_writable(run_of(save=str(save)))
+        assert hit.fact == f"--save {save} cannot be a folder: {tmp_path / 'file'} is a file"
+    assert not list(checkpoints.not_writable(run_of(save=str(tmp_path / "new" / "run"))))

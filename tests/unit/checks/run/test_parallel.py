@@ -44,6 +44,8 @@ def run_of(**changes: Any) -> Subject:
         "decrease_batch_size_if_needed": False,
         "seq_length": 64,
         "megasft_align_tokens": 8,
+        "skip_train": False,
+        **dict.fromkeys(("train_iters", "train_samples", "log_interval", "eval_interval"), 4),
     }
     return cast(Subject, SimpleNamespace(args=SimpleNamespace(**(good | changes))))
 
@@ -117,7 +119,9 @@ def test_a_layout_that_divides_everything_is_not_remarked_on() -> None:
         ),
         ({"global_batch_size": 12}, "12 is no multiple of 8 = --micro-batch-size 1 x 8 .*use 16"),
         ({"eval_global_batch_size": 12}, "--eval-global-batch-size 12 is no multiple of 8"),
-        ({"micro_batch_size": 0}, "--micro-batch-size is 0; a size is 1 at least"),
+        ({"micro_batch_size": 0}, "--micro-batch-size is 0; the least is 1"),
+        ({"train_iters": 0}, "--train-iters is 0; the least is 1"),
+        ({"train_samples": -4}, "--train-samples is -4; the least is 1"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_one_message_with_the_sizes_that_do(
@@ -129,6 +133,10 @@ def test_what_does_not_divide_is_one_message_with_the_sizes_that_do(
 
     assert len(found) == 1
     assert re.search(message, found[0]), found[0]
+
+
+def test_a_run_that_does_not_train_may_have_no_steps() -> None:
+    assert not list(flags.not_positive(run_of(train_iters=0, skip_train=True)))
 
 
 def test_layers_at_the_ends_may_be_fewer_where_that_is_said() -> None:
