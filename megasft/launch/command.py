@@ -18,7 +18,7 @@ from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
 
 if TYPE_CHECKING:
-    from megasft.launch.config import Setting
+    from megasft.launch.written import Setting
 
 BOTH_STREAMS: Final = "3"
 WIDTH: Final = 100

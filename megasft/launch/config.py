@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,39 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from megasft.errors import FlagError
 from megasft.launch import written
 from megasft.launch.catalog import here
+from megasft.launch.written import OVERRIDE, Setting
 from megasft.training.unknown_flags import OTHER_NAMES
 
-OVERRIDE: Final = "override "
-"""Begins the place of what the command line set."""
 _CLOCK_TIME: Final = re.compile(r"[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A key with its value, and where it stands.
-
-    Attributes:
-        key: With underscores.
-        value: Resolved.
-        written: As it may be kept and printed; see ``launch.written``.
-        place: ``run.yaml:12``, or the override.
-    """
-
-    section: str
-    key: str
-    value: Any
-    written: Any
-    place: str
-
-    @property
-    def name(self) -> str:
-        """Section and key, as an override has them."""
-        return f"{self.section}.{self.key}"
-
-    @property
-    def source(self) -> str:
-        """Place and name; an override has both."""
-        return self.place if self.place.startswith(OVERRIDE) else f"{self.place} {self.name}"
 
 
 def read(path: Path, overrides: Sequence[str]) -> list[Setting]:

@@ -20,9 +20,9 @@ from typing import Final
 from megasft.checks.engine import Finding, Report, Severity, in_order
 from megasft.checks.run import machine
 from megasft.checks.run.subject import Subject, Wishes
-from megasft.launch.config import Setting
 from megasft.launch.run import Run
 from megasft.launch.settings import HERE
+from megasft.launch.written import Setting
 from megasft.run import start
 
 OF_THE_MACHINE: Final = ("refused-flag", "resume", "megatron-refuses", "attention-refuses")

@@ -16,19 +16,46 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import yaml
 
-if TYPE_CHECKING:
-    from megasft.launch.config import Setting
-
+OVERRIDE: Final = "override "
+"""Begins the place of what the command line set."""
 ENV: Final = ("launch", "env")
 LEAST_LENGTH: Final = 3
 WITHHELD: Final = "..."
 _SECRET: Final = re.compile("KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _REFERENCE: Final = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)+)\}")
 _VARIABLE: Final = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)\s*(?:,([^{}$]*))?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A key with its value, and where it stands.
+
+    Attributes:
+        key: With underscores.
+        value: Resolved.
+        written: As it may be kept and printed; see ``written``.
+        place: ``run.yaml:12``, or the override.
+    """
+
+    section: str
+    key: str
+    value: Any
+    written: Any
+    place: str
+
+    @property
+    def name(self) -> str:
+        """Section and key, as an override has them."""
+        return f"{self.section}.{self.key}"
+
+    @property
+    def source(self) -> str:
+        """Place and name; an override has both."""
+        return self.place if self.place.startswith(OVERRIDE) else f"{self.place} {self.name}"
 
 
 def is_secret(name: str) -> bool:
