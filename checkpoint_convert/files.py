@@ -2,12 +2,6 @@
 
 from typing import Final
 
-MODEL_FILE: Final = "megasft_model.json"
-"""Megatron's flags for the model, and its configuration."""
-
-SIDE_FOLDER: Final = "hf"
-"""Everything of the Hugging Face folder that is not weights, for the way back."""
-
 FORMAT: Final = 1
 """Of a half-written conversion; one of another number is not gone on with."""
 

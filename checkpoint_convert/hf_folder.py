@@ -7,8 +7,9 @@ from typing import Final
 import orjson
 import torch
 
-from checkpoint_convert.files import MANIFEST, SIDE_FOLDER
+from checkpoint_convert.files import MANIFEST
 from megasft.errors import ConversionError
+from megasft.files import SIDE_FOLDER
 
 WEIGHT_ENDINGS: Final = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),

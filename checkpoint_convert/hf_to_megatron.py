@@ -26,7 +26,7 @@ from checkpoint_convert import hf_folder
 from checkpoint_convert.cli import OWN, Report, add_shared_arguments, exit_code
 from checkpoint_convert.config_map import Model, read_model
 from checkpoint_convert.engines.convert import to_megatron
-from checkpoint_convert.files import FORMAT, MODEL_FILE, SIDE_FOLDER
+from checkpoint_convert.files import FORMAT
 from checkpoint_convert.hf_tensors import HFTensors
 from checkpoint_convert.megatron_writer import CheckpointWriter
 from checkpoint_convert.output_folder import (
@@ -48,6 +48,7 @@ from checkpoint_convert.tensor_map import (
 )
 from checkpoint_convert.verify.after import same_checkpoint
 from megasft.errors import ConversionError
+from megasft.files import MODEL_FILE, SIDE_FOLDER
 
 
 def convert(

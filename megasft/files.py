@@ -27,6 +27,12 @@ from megasft.errors import FlagError
 
 logger = logging.getLogger(__name__)
 
+MODEL_FILE: Final = "megasft_model.json"
+"""Of a converted checkpoint: Megatron's flags for the model, and its configuration."""
+
+SIDE_FOLDER: Final = "hf"
+"""Of a converted checkpoint: everything of the Hugging Face folder that is not weights."""
+
 WRITER: Final = ".writer.json"
 """The file of a folder that names its writer."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from checkpoint_convert import engines, hf_folder, megatron_checkpoint
-from checkpoint_convert.files import FORMAT, MODEL_FILE, SIDE_FOLDER
+from checkpoint_convert.files import FORMAT
 from checkpoint_convert.hf_tensors import HFTensors
 from checkpoint_convert.output_folder import (
     SOURCE_FILE,
@@ -21,6 +21,7 @@ from checkpoint_convert.output_folder import (
 )
 from checkpoint_convert.team import ALONE
 from megasft.errors import ConversionError
+from megasft.files import MODEL_FILE, SIDE_FOLDER
 
 
 def to_megatron(

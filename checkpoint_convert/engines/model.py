@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 
 from checkpoint_convert.config_map import Model
-from checkpoint_convert.files import MODEL_FILE
 from checkpoint_convert.rules import Heads
+from megasft.files import MODEL_FILE
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -16,7 +16,6 @@ import orjson
 import torch
 
 from checkpoint_convert.config_map import Model
-from checkpoint_convert.files import MODEL_FILE
 from checkpoint_convert.verify import hf_model
 from checkpoint_convert.verify.hf_model import LAYER_TOLERANCE
 from checkpoint_convert.verify.layouts import flags_of, name_of
@@ -24,6 +23,7 @@ from checkpoint_convert.verify.text import Row, make_row
 from checkpoint_convert.verify.verification import failed, passed
 from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
+from megasft.files import MODEL_FILE
 from megasft.megatron.forward import Case
 from megasft.ranks import jobs
 from megasft.ranks.layout import Layout

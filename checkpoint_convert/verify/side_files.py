@@ -8,11 +8,12 @@ from typing import Any, Final
 import orjson
 
 from checkpoint_convert.config_map import Model
-from checkpoint_convert.files import MANIFEST, MODEL_FILE, SIDE_FOLDER
+from checkpoint_convert.files import MANIFEST
 from checkpoint_convert.hf_folder import TEMPLATE_FOLDER, WEIGHT_ENDINGS
 from checkpoint_convert.verify.verification import failed, passed
 from megasft.checks.engine import Finding
 from megasft.errors import ConversionError
+from megasft.files import MODEL_FILE, SIDE_FOLDER
 
 DTYPE_FIELDS: Final = ("dtype", "torch_dtype")
 

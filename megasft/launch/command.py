@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from omegaconf import OmegaConf
 
+from megasft.files import MODEL_FILE
 from megasft.launch import prepare
 from megasft.launch.run import MODULE, Run, program
-from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
 
 if TYPE_CHECKING:

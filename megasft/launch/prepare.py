@@ -24,7 +24,7 @@ from typing import Final
 import orjson
 
 from megasft.errors import ConversionError, FlagError
-from megasft.training.arguments import MODEL_FILE
+from megasft.files import MODEL_FILE
 from megasft.training.saving import COMPLETE
 
 logger = logging.getLogger(__name__)

@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megasft.errors import ConversionError, FlagError
+from megasft.files import MODEL_FILE
 from megasft.launch import prepare, written
 from megasft.launch.catalog import LAUNCH, OWN_KEYS, SECTIONS, Catalog
 from megasft.launch.config import read
 from megasft.launch.prepare import Conversion
 from megasft.launch.settings import LAUNCH_HELP, Launch, complete, rank_environment
 from megasft.launch.written import Hidden, Setting
-from megasft.training.arguments import MODEL_FILE
 
 MODULE: Final = "megasft.pretrain_sft"
 RESUME: Final = ("auto", "never")

@@ -20,11 +20,10 @@ from typing import Any, Final
 import jinja2
 
 from megasft.errors import FlagError, MissingPackageError
-from megasft.files import write_whole
+from megasft.files import MODEL_FILE, write_whole
 from megasft.launch import command, saved
 from megasft.launch.run import Run
 from megasft.launch.written import shell_line
-from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
 
 logger = logging.getLogger(__name__)

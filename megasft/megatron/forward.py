@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 
 from megasft.errors import ConversionError
+from megasft.files import MODEL_FILE
 from megasft.megatron import flags
-from megasft.training import arguments
 
 FORWARD_FLAGS: Final = (
     *("--micro-batch-size", "1", "--global-batch-size", "64", "--train-iters", "1", "--lr", "0"),
@@ -94,7 +94,7 @@ class Case:
         else:
             number = self.iteration.removeprefix("iter_").lstrip("0") or "0"
             given += ["--load", self.checkpoint, "--ckpt-step", number]
-        if (folder / arguments.MODEL_FILE).is_file():
+        if (folder / MODEL_FILE).is_file():
             given += ["--megasft-hf", self.checkpoint]
         return given
 
@@ -123,7 +123,6 @@ def require_same_model(args: Any, case: Case) -> None:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_flags(parser)
-    arguments.add_arguments(parser)
     given = {a.dest for a in parser._actions if set(a.option_strings) & set(case.model_flags)}
     wrong = [
         f"{name} is {getattr(saved, name)!r} and not {getattr(args, name)!r}"

@@ -14,6 +14,7 @@ import orjson
 
 from megasft.compat import has
 from megasft.errors import FlagError
+from megasft.files import MODEL_FILE
 from megasft.loss.objectives import OBJECTIVES
 from megasft.megatron import cpu, flags, freeze, rope
 from megasft.packing.pack import DEFAULT_PACKER, KEEP_ORDER, PACKERS
@@ -22,9 +23,6 @@ from megasft.training import best, retention, run_length, saving, validation
 from megasft.training.report_arguments import add_report_arguments, check_report
 from megasft.training.turn_weights import add_weight_arguments
 from megasft.training.unknown_flags import clear_errors
-
-MODEL_FILE: Final = "megasft_model.json"
-"""What the conversion writes beside a checkpoint: the model's Megatron flags."""
 
 DEFAULT_FLAGS: Final = (
     *("--dataloader-type", "single", "--no-create-attention-mask-in-dataloader"),

@@ -21,12 +21,10 @@ from megasft.checks.engine import Finding, Severity, rule, step
 from megasft.checks.run.subject import Stage, Subject
 from megasft.data.tokenizer_folder import TOKENIZER_FILE
 from megasft.errors import FlagError, StoreError
+from megasft.files import MODEL_FILE, SIDE_FOLDER
 from megasft.store import FORMAT_VERSION, META, TokenStore, open_store
 from megasft.training import validation
-from megasft.training.arguments import MODEL_FILE
 
-SIDE_FOLDER: Final = "hf"
-"""Where the conversion keeps what of a Hugging Face folder is not weights."""
 CONFIG: Final = "config.json"
 """Of a Hugging Face folder."""
 

@@ -17,7 +17,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from checkpoint_convert import hf_to_megatron, megatron_to_hf
 from checkpoint_convert.config_map import Model, read_model
-from checkpoint_convert.hf_to_megatron import MODEL_FILE
 from checkpoint_convert.megatron_checkpoint import TRACKER
 from checkpoint_convert.rules import QKV, Heads, Join, Rule, same_bits
 from checkpoint_convert.verify import hf_model, logits, verify
@@ -26,6 +25,7 @@ from checkpoint_convert.verify.layouts import combined
 from checkpoint_convert.verify.logits import Subject
 from checkpoint_convert.verify.text import Row, make_row
 from megasft.checks.engine import Finding
+from megasft.files import MODEL_FILE
 from megasft.ranks.layout import Layout
 from megasft.run import forward_worker
 from tests.megatron.runs import ROOT

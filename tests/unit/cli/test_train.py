@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megasft.files import MODEL_FILE
 from megasft.training import arguments
 from tests.unit.checks.run.conftest import World
 from tests.unit.cli.conftest import Seen
@@ -46,7 +47,7 @@ def test_a_dry_run_prints_a_command_that_megatron_accepts_and_starts_nothing(
     argv = words[words.index("megasft.pretrain_sft") + 1 :]
     model = Path(argv[argv.index("--megasft-hf") + 1])
     model.mkdir(parents=True)
-    (model / arguments.MODEL_FILE).write_text(json.dumps({"flags": ["--hidden-size", "64"]}))
+    (model / MODEL_FILE).write_text(json.dumps({"flags": ["--hidden-size", "64"]}))
     args: Any = arguments.parse(argv)
     assert (args.lr, args.seq_length, args.hidden_size) == (2e-3, 96, 64)
 

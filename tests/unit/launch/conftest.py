@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megasft.files import MODEL_FILE
 from megasft.launch.run import Run, resolve
 from megasft.megatron import cpu
-from megasft.training.arguments import MODEL_FILE
 
 MODEL_FLAGS = (
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megasft.errors import ConversionError
+from megasft.files import MODEL_FILE
 from megasft.launch import prepare
-from megasft.launch.prepare import MODEL_FILE, Conversion, cache_name, fingerprint
+from megasft.launch.prepare import Conversion, cache_name, fingerprint
 from megasft.launch.run import Run
 from megasft.training.saving import COMPLETE
 

@@ -11,10 +11,10 @@ import pytest
 
 from checkpoint_convert import origin
 from megasft.errors import ConversionError, FlagError
+from megasft.files import MODEL_FILE
 from megasft.launch.command import folded, resolved_yaml, shell
 from megasft.launch.run import Run, resolve
 from megasft.training import arguments
-from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
 from tests.unit.launch.conftest import RUN_YAML, write_hf
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megasft.errors import FlagError
+from megasft.files import MODEL_FILE
 from megasft.launch.run import Run, resolve
 from megasft.launch.slurm import script, submit
-from megasft.training.arguments import MODEL_FILE
 from megasft.training.saving import COMPLETE
 from tests.unit.launch.conftest import write_programs
 

@@ -7,6 +7,7 @@ import pytest
 
 from megasft.attention.backend import BACKENDS
 from megasft.errors import FlagError
+from megasft.files import MODEL_FILE
 from megasft.megatron.flags import attention_backend
 from megasft.training import arguments
 
@@ -131,7 +132,7 @@ def test_auto_attention_is_the_ring_unless_the_layers_are_transformer_engines() 
 
 
 def test_the_user_has_the_last_word_and_the_model_comes_before(tmp_path: Path) -> None:
-    (tmp_path / arguments.MODEL_FILE).write_text(json.dumps({"flags": ["--num-layers", "4"]}))
+    (tmp_path / MODEL_FILE).write_text(json.dumps({"flags": ["--num-layers", "4"]}))
 
     argv = arguments.assemble_argv(["--megasft-hf", str(tmp_path), "--num-layers", "2"])
 
