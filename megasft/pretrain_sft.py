@@ -34,7 +34,7 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
     cpu.prepare()
     cpu.skip_missing_makefile()
     # Megatron is imported after the stand-ins are in place.
-    from megasft.megatron import flags, hooks
+    from megasft.megatron import checkpoint, flags, hooks
     from megasft.megatron.forward_step import forward_step_func
     from megasft.megatron.global_batch import GlobalBatches
     from megasft.megatron.pretrain import loop_config, pretrain
@@ -64,7 +64,8 @@ def run(argv: Sequence[str], *, probe: Probe | None = None) -> None:
         keeper.spare_last_save(config.checkpoint)
         if args.save and not args.async_save:
             cpu.collect_writes_here()
-        with saving.ends_by_signal(args), saving.explains_failed_saves(args), keeper, report:
+        rates = checkpoint.loads_other_rates(args, begun.saved)
+        with saving.ends_by_signal(args), saving.explains_failed_saves(args), rates, keeper, report:
             pretrain(
                 config,
                 datasets=datasets.datasets_provider(args, data),

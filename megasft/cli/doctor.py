@@ -74,23 +74,30 @@ def doctor(
     """
     console = new_console()
     if list_rules:
-        with _quiet():
+        with quiet():
             from megasft.checks.run.run import RULES
         print_rules(console, RULES.values())
         return
     from megasft.checks.run.subject import Wishes
 
-    report = _examine(context.args, world_size, Wishes(gpu_memory_gb, tokens_per_second))
+    report = examine(context.args, world_size, Wishes(gpu_memory_gb, tokens_per_second))
     if json is None or str(json) != "-":
-        _print_report(console, report)
+        print_report(console, report)
     if json is not None:
         _write_json(report, json)
     if report.fails():
         raise typer.Exit(1)
 
 
-def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Report:
-    with _quiet():
+def examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Report:
+    """Examine a run, or the machine alone when there are no flags.
+
+    Args:
+        flags: Of the run; or a run.yaml, and what is changed of it.
+        world_size: Its ranks; those it would be started with if not given.
+        wishes: What the doctor was told besides.
+    """
+    with quiet():
         if flags and not flags[0].startswith("-"):
             from megasft.launch.examination import examine
             from megasft.launch.run import resolve
@@ -113,7 +120,7 @@ def _examine(flags: Sequence[str], world_size: int | None, wishes: Wishes) -> Re
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Print nothing while Megatron is imported: the report says what matters of it."""
     import logging
 
@@ -139,7 +146,8 @@ def _world_size(args: Any, num_gpus: int, environment: Any) -> int:
     return max(num_gpus, max(1, tp * pp * cp))
 
 
-def _print_report(console: Console, report: Report) -> None:
+def print_report(console: Console, report: Report) -> None:
+    """Print findings by theme, the memory, what is unchecked, and the verdict."""
     from rich.text import Text
 
     themes = list(dict.fromkeys(finding.theme for finding in report.findings))

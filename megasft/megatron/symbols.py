@@ -122,6 +122,11 @@ REPLACED: Final = (
         "megatron.training.argument_utils:ArgumentGroupFactory._get_field_docstrings",
         "reads the sources of fourteen classes each time a parser is made",
     ),
+    Symbol(
+        "megatron.training.training:get_optimizer_param_scheduler",
+        "called between the making and the loading of the optimizer: checkpoint.py lets it load "
+        "groups of parameters that had other learning rates",
+    ),
 )
 
 MIRRORED: Final = (
@@ -168,6 +173,14 @@ MIRRORED: Final = (
     Symbol(
         "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict",
         "resume.py sets which of two learning-rate schedules it takes",
+    ),
+    Symbol(
+        "megatron.core.optimizer.optimizer:MegatronOptimizer._filter_and_reorder_param_groups",
+        "checkpoint.py gives groups of parameters the rates that it looks for",
+    ),
+    Symbol(
+        "megatron.training.checkpointing:load_checkpoint",
+        "checkpoint.py asks before what it asserts; the optimizer is loaded before its schedule",
     ),
     Symbol(
         "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy.load",

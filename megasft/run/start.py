@@ -27,7 +27,7 @@ from megasft.checks.run.flags import sizes_are_positive
 from megasft.checks.run.run import Examination
 from megasft.checks.run.subject import Stage, Subject, Wishes
 from megasft.errors import FlagError, MegasftError
-from megasft.megatron import flags
+from megasft.megatron import checkpoint, flags
 from megasft.training import arguments, datasets, resume, row_order, run_length, saving
 
 logger = logging.getLogger("megasft")
@@ -93,33 +93,16 @@ def examine(run: Subject, *, in_run: bool = False) -> Report:
     if _is_over(asked, args):
         return asked.report()
     has_errors = asked.has_errors
-    asked.take("resume", lambda: _follow_checkpoint(run, args))
+    resumes = asked.take("resume", lambda: _follow_checkpoint(run, args))
     # Megatron says again, in its own words, what was found already.
     asked.take("megatron-refuses", lambda: _accept(run, args, prints=in_run), is_said=has_errors)
     if run.validated is None:
         asked.skip(Stage.MODEL, "Megatron does not accept the flags, see the errors")
     else:
+        if resumes:
+            asked.take("resume-refused", lambda: _ask_for_next_step(run))
         asked.ask(Stage.MODEL)
     return asked.report()
-
-
-def settle(args: Any) -> Subject:
-    """Take the steps without the rules: on flags of a checkpoint, which were asked already.
-
-    Args:
-        args: Megatron's flags and ours, as parsed or saved; they are changed.
-
-    Raises:
-        MegasftError: What the first step that refuses says.
-    """
-    run = Subject(machine.look(), Wishes(), args)
-    warnings = [*arguments.check(args), *_open(run)]
-    _set_length(run, args)
-    warnings += _follow_checkpoint(run, args)
-    _accept(run, args, prints=False)
-    for warning in warnings:
-        logger.warning("%s", warning)
-    return run
 
 
 def accept(args: Any, data: datasets.RunData | None = None, *, prints: bool = False) -> Any:
@@ -183,10 +166,21 @@ def _set_length(run: Subject, args: Any) -> None:
 
 
 def _follow_checkpoint(run: Subject, args: Any) -> list[str]:
-    warnings = resume.check(args, row_order.identity(run.data.train.plan, run.window))
+    run.saved = resume.state_to_resume(args)
+    identity = row_order.identity(run.data.train.plan, run.window)
+    warnings = resume.check(args, run.saved, identity)
     saving.check_steps_left(args)
-    resume.follow_new_length(args)
+    run.schedule = resume.follow_schedule(args, run.saved)
+    if run.schedule is not None:
+        logger.info("%s", run.schedule)
     return warnings
+
+
+def _ask_for_next_step(run: Subject) -> None:
+    args = run.settled
+    # Without training there is no such step, and with the other flag its place is set by hand.
+    if run.saved is not None and not args.skip_train and args.override_ckpt_iteration is None:
+        run.next_step = checkpoint.next_step(args, run.saved)
 
 
 def _accept(run: Subject, args: Any, *, prints: bool) -> None:

@@ -368,4 +368,6 @@ def set_vocabulary(args: Any, store: TokenStore) -> None:
 
 def parse(user_argv: Sequence[str]) -> Any:
     """Parse Megatron's flags and ours; validation comes later (``pretrain_sft``)."""
-    return flags.parse(assemble_argv(user_argv), clear_errors(add_arguments))
+    args = flags.parse(assemble_argv(user_argv), clear_errors(add_arguments))
+    args.megasft_flags = [*user_argv]  # checkpoints carry them, see resume.py
+    return args

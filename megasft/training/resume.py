@@ -4,18 +4,25 @@ The position of a run is one integer, Megatron's consumed samples; it means some
 same row plan. So the plan's identity is saved with Megatron's flags in each checkpoint and compared
 before anything is loaded. The layout (TP, PP, DP, CP) and the sizes of batches are free: rows do
 not depend on them as long as ``--megasft-align-tokens`` covers the context parallelism, and dealing
-rows to ranks (``row_order.py``) stays within a global batch. ``run/resume_check.py`` shows that for
-one checkpoint and one run to come.
+rows to ranks (``row_order.py``) stays within a global batch. So the rows that come next follow from
+the position alone, and ``megasft doctor`` shows them.
+
+The flags of the run are saved as they were given too (``megasft_flags``), because Megatron saves
+what its validation made of them, which it does not accept a second time.
 """
 
 import logging
 import re
+from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from megasft.compat import has
 from megasft.errors import FlagError
-from megasft.training.retention import TRACKER, iteration_name
+from megasft.megatron.checkpoint import RATES, read_state
+from megasft.training.retention import TRACKER, iteration_name, iteration_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +39,17 @@ SCHEDULE: Final = (
 FILLED_IN: Final = ("start_weight_decay", "end_weight_decay")
 """Those of them that Megatron takes from --weight-decay."""
 
+OF_ONE_START: Final = frozenset({"--load", "--ckpt-step", "--finetune"})
+"""Flags that say how a run was started, not what it is."""
+
+EXCLUSIVE: Final = (
+    frozenset({"--train-iters", "--train-samples", "--megasft-epochs"}),
+    frozenset({"--global-batch-size", "--step-batch-size-schedule"}),
+    frozenset({"--save-interval", "--megasft-save-epochs"}),
+    frozenset({"--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"}),
+)
+"""Of these one is given; a new one replaces the one saved."""
+
 KINDS: Final = {
     "plan version": r"plan version ",
     "store": r"store ",
@@ -47,11 +65,12 @@ KINDS: Final = {
 """What the parts of an identity are about, and how such a part starts; see ``plan_rows``."""
 
 
-def check(args: Any, plan_identity: str) -> list[str]:
+def check(args: Any, state: dict[str, Any] | None, plan_identity: str) -> list[str]:
     """Compare this run's row plan with the one of the checkpoint it will load, and remember it.
 
     Args:
         args: Megatron's flags; ``megasft_plan`` is set, so that checkpoints carry it.
+        state: Of ``state_to_resume``.
         plan_identity: ``row_order.identity`` of the training store.
 
     Returns:
@@ -62,11 +81,10 @@ def check(args: Any, plan_identity: str) -> list[str]:
     """
     args.megasft_plan = plan_identity
     warnings = _check_optimizer(args)
-    state = None if args.finetune else _saved_state(args)
-    saved = None if state is None else identity_in(state)
-    if state is None or saved is None:
+    if state is None:
         return warnings
     _check_form_of_moments(args, state["args"])
+    saved = str(state["args"].megasft_plan)
     if saved == plan_identity:
         return warnings
     raise FlagError(
@@ -127,23 +145,24 @@ def _check_form_of_moments(args: Any, saved: Any) -> None:
         )
 
 
-def follow_new_length(args: Any) -> None:
-    """Let a run that is made longer go on: by the learning-rate schedule of its new length.
+def follow_schedule(args: Any, state: dict[str, Any] | None) -> str | None:
+    """Set what the learning-rate schedule of a resumed run needs, and say what was set.
 
-    Megatron asserts that the schedule is that of the checkpoint, which its length is part of,
-    unless one of two flags says which of them holds. A run that changes more than its length is
-    left to these flags.
+    Megatron asserts that the schedule is that of the checkpoint, unless one of two flags says which
+    of them holds. A run that only gets longer goes by the schedule of its new length. With
+    ``--use-checkpoint-opt-param-scheduler`` the rates are the checkpoint's too, since Megatron
+    looks for groups of parameters with the rates of the flags. A run that changes more than its
+    length is left to these flags.
 
     Args:
-        args: Megatron's flags, not validated yet; ``override_opt_param_scheduler`` may be set.
+        args: Megatron's flags, not validated yet.
+        state: Of ``state_to_resume``.
     """
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
-        return
-    starts_again = args.finetune or args.no_load_optim or args.skip_train
-    state = None if starts_again else _saved_state(args)
-    if state is None or identity_in(state) is None:
-        return
+    if state is None or args.no_load_optim or args.skip_train or args.override_opt_param_scheduler:
+        return None
     saved = state["args"]
+    if args.use_checkpoint_opt_param_scheduler:
+        return _keep_rates(args, saved)
     before, now = (
         [getattr(of, name, None) for name in ("train_iters", "train_samples")]
         for of in (saved, args)
@@ -151,14 +170,24 @@ def follow_new_length(args: Any) -> None:
     # Megatron fills train_iters in from train_samples before it saves.
     is_other_length = before[1:] != now[1:] if now[1] else before != now
     if not is_other_length or not all(_is_same(saved, args, name) for name in SCHEDULE):
-        return
+        return None
     args.override_opt_param_scheduler = True
-    logger.info(
-        "the run was %s long and is %s now: its learning rate follows the schedule of the new "
-        "length (--override-opt-param-scheduler; --use-checkpoint-opt-param-scheduler keeps the "
-        "old one)",
-        *(_length(*before), _length(*now)),
+    return (
+        f"the run was {_length(*before)} long and is {_length(*now)} now: its learning rate "
+        "follows the schedule of the new length (--override-opt-param-scheduler; "
+        "--use-checkpoint-opt-param-scheduler keeps the old one)"
     )
+
+
+def _keep_rates(args: Any, saved: Any) -> str | None:
+    kept = []
+    for name in chain(*RATES.values()):
+        given, value = getattr(args, name), getattr(saved, name)
+        if given != value:
+            setattr(args, name, value)
+            kept.append(f"--{name.replace('_', '-')} {value}, not {given}")
+    of = "--use-checkpoint-opt-param-scheduler keeps the learning rate of the checkpoint"
+    return f"{of}: {', '.join(kept)}" if kept else None
 
 
 def _is_same(saved: Any, args: Any, name: str) -> bool:
@@ -199,24 +228,70 @@ def find(args: Any) -> Path | None:
     return tracker.parent / (RELEASE if step == RELEASE else iteration_name(int(step)))
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return what Megatron saved beside the tensors: flags, iteration, learning-rate schedule.
+def state_to_resume(args: Any) -> dict[str, Any] | None:
+    """Return what Megatron saved beside the tensors of the checkpoint this run goes on from.
+
+    None for a run that goes on from none, from its weights alone, or from a checkpoint that is not
+    of megasft, whose rows are not known.
+    """
+    folder = None if args.finetune else find(args)
+    if folder is None or folder.name == RELEASE:
+        return None
+    state = read_state(folder)
+    return state if getattr(state.get("args"), "megasft_plan", None) is not None else None
+
+
+def open_checkpoint(checkpoint: Path) -> tuple[list[str], Any]:
+    """Return the flags that load a checkpoint of a run, and what is saved of its flags.
 
     Args:
-        folder: Of one checkpoint, ``iter_0000100``.
+        checkpoint: A ``--save`` folder, or one checkpoint in it.
+
+    Raises:
+        FlagError: There is none, or the flags it was trained with are not in it.
     """
-    from megatron.core import dist_checkpointing
+    load, step = checkpoint, None
+    if checkpoint.name.startswith("iter_"):
+        load, step = checkpoint.parent, iteration_of(checkpoint)
+    folder = find(SimpleNamespace(load=load, ckpt_step=step))
+    if folder is None or not folder.is_dir():
+        raise FlagError(
+            f"{folder or checkpoint} holds no checkpoint; give the --save folder of a run, or an "
+            "iter_... folder in it"
+        )
+    if folder.name == RELEASE:
+        raise FlagError(f"{checkpoint} is a converted model; there is no run to resume")
+    saved = read_state(folder)["args"]
+    if getattr(saved, "megasft_flags", None) is None:
+        raise FlagError(
+            f"{folder} does not hold the flags its run was started with, as checkpoints of this "
+            f"megasft do; give them: megasft doctor --load {load} <flags of the run>"
+        )
+    return ["--load", str(load), *([] if step is None else ["--ckpt-step", str(step)])], saved
 
-    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
-    return state
 
+def flags_to_come(
+    saved: Sequence[str], given: Sequence[str], *, without: Collection[str] = ()
+) -> list[str]:
+    """Return the flags a run was started with, and those that are given on top of them.
 
-def identity_in(state: dict[str, Any]) -> str | None:
-    """Return the identity of the rows a checkpoint was trained on; None if megasft saved none."""
-    identity = getattr(state.get("args"), "megasft_plan", None)
-    return None if identity is None else str(identity)
+    Raises:
+        FlagError: One of ``without`` is not among them.
 
-
-def _saved_state(args: Any) -> dict[str, Any] | None:
-    folder = find(args)
-    return None if folder is None or folder.name == RELEASE else read_state(folder)
+    Example:
+        >>> flags_to_come(["--lr", "1", "--train-iters", "3"], ["--megasft-epochs", "2"])
+        ['--lr', '1', '--megasft-epochs', '2']
+    """
+    names = {word.partition("=")[0] for word in given}
+    left_out = {f"--{flag.lstrip('-')}" for flag in without}
+    unknown = left_out - {word.partition("=")[0] for word in saved}
+    if unknown:
+        raise FlagError(f"--without {' '.join(sorted(unknown))}: the run was started without it")
+    left_out |= OF_ONE_START.union(*(flags for flags in EXCLUSIVE if flags & names))
+    kept, is_kept = [], True
+    for word in saved:
+        if word.startswith("--"):
+            is_kept = word.partition("=")[0] not in left_out
+        if is_kept:
+            kept.append(word)
+    return [*kept, *given]

@@ -25,6 +25,7 @@ from megasft.compat import has
 from megasft.errors import FlagError, SaveError
 from megasft.files import write_whole
 from megasft.megatron import cpu
+from megasft.megatron.checkpoint import read_state
 from megasft.training import resume
 from megasft.training.best import BestTracker, has_lost_patience
 from megasft.training.report_arguments import log_folder
@@ -200,7 +201,7 @@ def _is_last(args: Any, checkpoint: Path) -> bool:
     """Say whether no step is left to train after a checkpoint."""
     steps = args.train_iters
     if args.train_samples is not None and args.step_batch_size_schedule:
-        consumed = resume.read_state(checkpoint)["args"].consumed_train_samples
+        consumed = read_state(checkpoint)["args"].consumed_train_samples
         return bool(consumed >= args.train_samples)
     if args.train_samples is not None and args.global_batch_size:
         steps = args.train_samples // args.global_batch_size  # as Megatron rounds it
@@ -219,7 +220,7 @@ def check_steps_left(args: Any) -> None:
     checkpoint = _own_checkpoint(args)
     if checkpoint is None or args.step_batch_size_schedule or not _is_last(args, checkpoint):
         return
-    saved = resume.read_state(checkpoint)["args"]
+    saved = read_state(checkpoint)["args"]
     steps = args.train_iters or args.train_samples // args.global_batch_size
     wanted = steps * (args.global_batch_size or 0)
     if saved.consumed_train_samples >= wanted:

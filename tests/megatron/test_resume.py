@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megasft.cli.main import main
 from tests.megatron.conftest import ROW_TOKENS, World
 from tests.megatron.resumed_runs import DIES_IN, NUM_ROWS, TRACKER, Runs
 from tests.megatron.runs import CPU_ENV, ROOT, free_port, scalars, train
@@ -69,6 +71,14 @@ RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
 LONG = ("dp4", "cp2_pp2")
 """Layouts of which each dimension is in another one, too."""
 
+OTHER_RATE = (*EIGHT, "--lr", 1e-4, "--lr-decay-style", "constant")
+# The run of batches of 8, at a rate of 1e-3, resumed with --lr 1e-4: a switch, and the rate then.
+OTHER_RATES = {
+    "rate_of_the_flags": ("--override-opt-param-scheduler", 1e-4),
+    "rate_of_the_checkpoint": ("--use-checkpoint-opt-param-scheduler", 1e-3),
+    "rate_without_moments": ("--no-load-optim", 1e-4),
+}
+
 
 @pytest.fixture(scope="module")
 def resumed(world: World) -> Runs:
@@ -82,15 +92,19 @@ def resumed(world: World) -> Runs:
     )
     runs.start_and_die(2, "killed_growing", *GROWING, *CONSTANT_RATE)
     runs.start_and_die(1, "killed_batch_of_8", *EIGHT, *CONSTANT_RATE)
-    go_on(runs, [name for name in RESUMED if name not in LONG])
+    others = {
+        name: ("killed_batch_of_8", (*OTHER_RATE, switch))
+        for name, (switch, _) in OTHER_RATES.items()
+    }
+    go_on(runs, {name: run[:2] for name, run in RESUMED.items() if name not in LONG} | others)
     return runs
 
 
-def go_on(runs: Runs, names: list[str]) -> None:
-    """Resume killed runs on four ranks."""
-    entries = [runs.resume(RESUMED[name][0], name, *RESUMED[name][1]) for name in names]
+def go_on(runs: Runs, wanted: Mapping[str, tuple[str, tuple[object, ...]]]) -> None:
+    """Resume killed runs on four ranks: by name, what was killed and the flags."""
+    entries = [runs.resume(killed, name, *flags) for name, (killed, flags) in wanted.items()]
     output = runs.start(4, entries)
-    assert output.count(f"at iteration {DIES_IN - 1}") >= len(names)
+    assert output.count(f"at iteration {DIES_IN - 1}") >= len(wanted)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,7 @@ def test_a_killed_run_resumed_on_another_layout_trains_the_rows_and_losses_of_on
     not cover the distributed optimizer, which needs Transformer Engine or Apex to load.
     """
     if name in LONG:
-        go_on(resumed, [name])
+        go_on(resumed, {name: RESUMED[name][:2]})
     killed, _, one_go = RESUMED[name]
     wanted = resumed.rows(one_go)
     before, after = resumed.rows(killed), resumed.rows(name)
@@ -133,12 +147,31 @@ def test_rows_trained_in_one_go_are_those_of_the_plan(resumed: Runs) -> None:
         assert resumed.rows(name) == planned
 
 
+@pytest.mark.parametrize("name", OTHER_RATES)
+def test_another_learning_rate_on_resume_is_that_which_the_switch_says(
+    resumed: Runs, name: str
+) -> None:
+    """Megatron 0.19 finds a checkpoint's groups of parameters by their rates, and keeps these.
+
+    Mirrors ``MegatronOptimizer._filter_and_reorder_param_groups`` and
+    ``OptimizerParamScheduler.load_state_dict``. Does not cover the distributed optimizer, which
+    needs Transformer Engine or Apex to load.
+    """
+    steps = (4, 5, 6)
+    rates = scalars(resumed.world.folder / name)["learning-rate"]
+    assert rates == pytest.approx(dict.fromkeys(steps, OTHER_RATES[name][1]))
+    assert sorted(resumed.rows(name)) == [*steps]
+    losses = [resumed.losses(each) for each in OTHER_RATES]
+    assert len({each[4] for each in losses}) == 1, "all go on from the same weights"
+    assert len({each[5] for each in losses}) == 3, "and then by another rate, or other moments"
+
+
 @pytest.mark.parametrize(
-    ("name", "counted", "given"),
+    ("name", "place", "given"),
     [
         (
             "pp2_dp2_micro2",
-            "48 rows trained before, 14 still to come",
+            "48 rows consumed, epoch 1, 48 of its 62 rows",
             (
                 *("--tensor-model-parallel-size", 1, "--context-parallel-size", 1),
                 *("--pipeline-model-parallel-size", 2, "--micro-batch-size", 2),
@@ -146,31 +179,28 @@ def test_rows_trained_in_one_go_are_those_of_the_plan(resumed: Runs) -> None:
         ),
         (
             "growing_tp2_micro2",
-            "24 rows trained before, 38 still to come",
+            "24 rows consumed, epoch 1, 24 of its 62 rows",
             ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2),
         ),
     ],
 )
-def test_resume_check_foretells_the_rows_that_the_resumed_run_trains(
-    resumed: Runs, name: str, counted: str, given: tuple[object, ...]
+def test_resume_check_names_the_rows_that_the_resumed_run_trains(
+    resumed: Runs,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    place: str,
+    given: tuple[object, ...],
 ) -> None:
     killed = resumed.folder / RESUMED[name][0]
-    command = ("-m", "megasft.cli.main", "resume-check", str(killed), "--world-size", "4")
+    with pytest.raises(SystemExit) as end:
+        main(["resume-check", str(killed), "--world-size", "4", *map(str, given)])
 
-    result = subprocess.run(
-        [sys.executable, *command, *map(str, given)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | CPU_ENV,
-        check=False,
-    )
-
-    assert result.returncode == 0, result.stderr
-    assert f"{counted}, 0 repeated, 0 skipped" in result.stdout
-    lines = re.findall(r"data-parallel rank \d: rows ([\d, ]+)", result.stdout)
-    foretold = sorted(int(row) for line in lines for row in line.split(","))
-    assert foretold == resumed.rows(name)[DIES_IN]
+    out, err = capsys.readouterr()
+    assert end.value.code == 0, out + err
+    assert place in out
+    rows = re.search(rf"iteration {DIES_IN} trains 16 rows: ([\d, ]+)", out)
+    assert rows is not None, out
+    assert sorted(map(int, rows[1].split(","))) == resumed.rows(name)[DIES_IN]
 
 
 def kill_while_saving(flags: list[str], folder: Path, listing: Path) -> int:

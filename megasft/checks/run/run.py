@@ -31,6 +31,7 @@ from megasft.checks.run import (
     memory,
     parallel,
     parameters,
+    resume,
     rows,
     speed,
     stores,
@@ -41,7 +42,7 @@ from megasft.errors import MegasftError
 logger = logging.getLogger(__name__)
 
 RULES: Final = rules_of(
-    machine, flags, parallel, stores, rows, attention, memory, checkpoints, speed
+    machine, flags, parallel, stores, rows, attention, memory, checkpoints, resume, speed
 )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from megasft.megatron.checkpoint import NextStep
 from megasft.packing.cost_window import CostWindow
 from megasft.training.datasets import RunData
 
@@ -89,10 +90,12 @@ class Wishes:
     Attributes:
         gpu_memory_gb: Memory of a GPU that is not here, in GB (1e9 bytes).
         tokens_per_second: True tokens of one GPU, padding not counted; measured or hoped for.
+        show_rows: Rows of the step after a checkpoint whose samples are shown.
     """
 
     gpu_memory_gb: float | None = None
     tokens_per_second: float | None = None
+    show_rows: int = 3
 
 
 @dataclass(slots=True)
@@ -106,6 +109,9 @@ class Subject:
         opened: Stores and rows, once they could be opened.
         window: How far rows may move to even out global batches, once there are rows.
         is_over: It has ended already: there is nothing to check, and nothing to do.
+        saved: What Megatron keeps beside the tensors of the checkpoint it goes on from, if any.
+        schedule: What was set for its learning-rate schedule then, in a sentence.
+        next_step: The step after that checkpoint, once Megatron accepts it.
         validated: A copy of the flags after Megatron's validation, once it accepts them.
         config: Megatron's configuration of the model, once it accepts that.
     """
@@ -116,6 +122,9 @@ class Subject:
     opened: RunData | None = None
     window: CostWindow | None = None
     is_over: bool = False
+    saved: dict[str, Any] | None = None
+    schedule: str | None = None
+    next_step: NextStep | None = None
     validated: Any = None
     config: Any = None
 

@@ -1,275 +1,302 @@
-"""``megasft resume-check`` on checkpoints as Megatron saves them, with its own flags and sampler.
+"""``megasft resume-check`` on checkpoints as Megatron saves them, without their tensors.
 
-All cases run in one process of their own (``resume_check_worker.py``); the checkpoint of a run that
-was really trained and killed is checked in ``tests/megatron/test_resume.py``.
+That the rows it names are those that ranks train is tested in ``tests/megatron/test_resume.py``.
 """
 
-import json
+import logging
 import re
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 
+from megasft.megatron import cpu
+from megasft.packing.cost_window import CostWindow
 from megasft.packing.plan import plan_rows
 from megasft.store import open_store
 from tests.stores import random_samples, write_store
+from tests.unit.cli.conftest import Seen
+from tests.unit.saved_run import save_run
 
-from .conftest import Seen
+pytestmark = pytest.mark.slow  # imports the real Megatron
 
-pytestmark = pytest.mark.slow
+Command = Callable[..., Seen]
 
 ROW_TOKENS, SEED, NUM_ROWS = 96, 11, 62
-ROOT = Path(__file__).resolve().parents[3]
 MODEL = (
     *("--num-layers", 2, "--hidden-size", 64, "--num-attention-heads", 4),
     *("--max-position-embeddings", 512, "--position-embedding-type", "rope"),
 )
-EIGHT = ("--train-iters", 12, "--global-batch-size", 8, "--micro-batch-size", 1)
+EIGHT = ("--train-iters", 12, "--global-batch-size", 8)
 GROWING = (
     *("--step-batch-size-schedule", f"0:4 {8 * ROW_TOKENS}:8 {24 * ROW_TOKENS}:16"),
-    *("--train-samples", 96, "--micro-batch-size", 1),
+    *("--train-samples", 96),
 )
 KEEP_RATE = "--use-checkpoint-opt-param-scheduler"
 
 
-class Case(NamedTuple):
-    """A checkpoint, and how the command is asked about it.
-
-    Attributes:
-        flags: Of the run that saved it.
-        ranks: Of that run.
-        iteration: Steps it has done.
-        consumed: Rows it has trained.
-        given: To the command.
-        defect: A name of ``resume_check_worker.DEFECTS``.
-    """
+class Saved(NamedTuple):
+    """A run that has saved: its flags, ranks, steps and rows done."""
 
     flags: tuple[object, ...] = EIGHT
     ranks: int = 2
     iteration: int = 3
     consumed: int = 24
-    given: tuple[object, ...] = ()
-    defect: str | None = None
 
 
-MODEL_PARALLEL = (
+SAVED = {
+    "plain": Saved(),
+    "second epoch": Saved(iteration=9, consumed=72),
+    "epoch's end": Saved(
+        ("--global-batch-size", 2, "--train-iters", 99), iteration=31, consumed=62
+    ),
+    "growing": Saved(GROWING, 2, 3, 16),
+    "cost window": Saved((*EIGHT, "--megasft-cost-window", 3)),
+    "packings": Saved((*EIGHT, "--megasft-packings", 2), iteration=9, consumed=72),
+    "distributed": Saved((*EIGHT, "--use-distributed-optimizer")),
+}
+LAYOUT = (
     *("--world-size", 16, "--tensor-model-parallel-size", 2),
     *("--pipeline-model-parallel-size", 2, "--context-parallel-size", 2),
 )
-ON_FOUR = ("--world-size", 4)
-IN_RAMP = Case(GROWING, 2, 3, 16)
-DISTRIBUTED = Case((*EIGHT, "--use-distributed-optimizer"))
-
-EXACT: dict[str, Case] = {
-    "the same again": Case(),
-    "more ranks": Case(given=("--world-size", 8)),
-    "fewer ranks": Case(ranks=8, given=("--world-size", 1)),
-    "micro-batch": Case(given=("--micro-batch-size", 4)),
-    "TP, PP and CP": Case(ranks=4, given=MODEL_PARALLEL),
-    "batch grown by half": Case(given=("--global-batch-size", 12, KEEP_RATE)),
-    "smaller batch": Case(given=("--global-batch-size", 2, KEEP_RATE)),
-    "batch of more than an epoch": Case(given=("--global-batch-size", 128, KEEP_RATE)),
-    "batch changed before": Case(consumed=20, given=ON_FOUR),
-    "second epoch": Case(iteration=9, consumed=72, given=ON_FOUR),
-    "at the edge of an epoch": Case(
-        (*EIGHT, "--global-batch-size", 2, "--train-iters", 99), 2, 31, 62, ("--world-size", 1)
-    ),
-    "at the start": Case(iteration=0, consumed=0, given=ON_FOUR),
-    "in the ramp": IN_RAMP._replace(given=(*ON_FOUR, "--micro-batch-size", 2)),
-    "before the ramp": Case(GROWING, 2, 1, 4, ON_FOUR),
-    "after the ramp": Case(GROWING, 2, 5, 40, ("--world-size", 8)),
-    "ramp replaced": IN_RAMP._replace(given=("--global-batch-size", 8)),
-    "not balanced": Case((*EIGHT, "--megasft-no-balance"), given=ON_FOUR),
-    "cost window": Case((*EIGHT, "--megasft-cost-window", 3), given=ON_FOUR),
-    "packings": Case((*EIGHT, "--megasft-packings", 2), 2, 9, 72, ON_FOUR),
-}
-NEXT_SIZE = {
-    "batch grown by half": 12,
-    "smaller batch": 2,
-    "at the edge of an epoch": 2,
-    "before the ramp": 4,
-    "after the ramp": 16,
-}
-"""Rows of the next step where they are not 8."""
-WRONG: dict[str, Case] = {
-    "a row late": Case(defect="a row late"),
-    "two steps swapped": Case(defect="two steps swapped"),
-}
-REFUSED: dict[str, tuple[Case, str]] = {
-    "seed": (
-        Case(given=("--seed", 12)),
-        r"trained on other rows \(checkpoint: seed 11, this run: seed 12\)",
-    ),
-    "packer": (
-        Case(given=("--megasft-packer", "sequential")),
-        "checkpoint: balanced, this run: sequential",
-    ),
-    "cost window": (
-        Case(given=("--megasft-cost-window", 4)),
-        "checkpoint: no cost window, this run: cost window 4 batches of 8 rows",
-    ),
-    "row length": (
-        Case(given=("--seq-length", 192)),
-        "checkpoint: row_tokens 96, this run: row_tokens 192",
-    ),
-    "learning rate": (
-        Case(given=("--global-batch-size", 16)),
-        "192 and checkpointvalue 96 .* --use-checkpoint-opt-param-scheduler keeps",
-    ),
-    "model": (
-        Case(given=("--num-layers", 4)),
-        r"num_layers value from checkpoint \(2\) is not equal to the input argument value \(4\)",
-    ),
-    "ranks": (
-        Case(given=("--world-size", 3)),
-        r"eval_global_batch_size \(8\) must be divisible by .*\(1\) \* data_parallel_size \(3\)",
-    ),
-    "ranks in the ramp": (
-        IN_RAMP._replace(given=("--world-size", 3)),
-        r"batch size \(8\) is not divisible by micro_batch_size \(1\) \* data_parallel_size \(3\)",
-    ),
-    "unknown flag": (Case(given=("--no-such-flag", 3)), "--no-such-flag 3 is no flag"),
-    "no such flag to leave out": (Case(given=("--without", "sft-x")), "have no flag --sft-x"),
-    "bad value": (
-        Case(given=("--megasft-loss", "word")),
-        "argument --megasft-loss: invalid choice: 'word'",
-    ),
-    "finetune": (Case(given=("--finetune",)), "set the position by hand"),
-    "phases": (
-        Case(given=("--phase-transition-iterations", 5)),
-        "counts rows from 0 again behind a transition",
-    ),
-    "distributed optimizer": (
-        DISTRIBUTED,
-        "cannot load a checkpoint of --use-distributed-optimizer",
-    ),
-    "moments of another form": (
-        DISTRIBUTED._replace(given=("--without", "use-distributed-optimizer")),
-        "was saved with --use-distributed-optimizer, and without the flag",
-    ),
-}
-CASES = (
-    {f"exact: {name}": case for name, case in EXACT.items()}
-    | {f"wrong: {name}": case for name, case in WRONG.items()}
-    | {f"refused: {name}": case for name, (case, _) in REFUSED.items()}
-)
 
 
-class World:
-    """A store, and what the command said in each case."""
+@pytest.fixture(scope="module", autouse=True)
+def remember_docstrings() -> Iterator[None]:
+    """Make parsers in a third of the time; other tests see Megatron as it is."""
+    cpu.prepare()
+    from megatron.training.argument_utils import ArgumentGroupFactory
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.store = write_store(folder / "store", random_samples(150, seed=5)).path
-        cases = [self._as_json(place, case) for place, case in enumerate(CASES.values())]
-        listing, results = folder / "cases.json", folder / "results.json"
-        listing.write_text(json.dumps(cases))
-        worker = (sys.executable, "-m", "tests.unit.cli.resume_check_worker")
-        done = subprocess.run(
-            [*worker, str(listing), str(results)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        seen = [Seen(**result) for result in json.loads(results.read_text())]
-        self.seen = dict(zip(CASES, seen, strict=True))
-
-    def _as_json(self, place: int, case: Case) -> dict[str, Any]:
-        run = ("--megasft-data", self.store, "--calculate-per-token-loss", "--lr", 1e-3)
-        rows = ("--seq-length", ROW_TOKENS, "--seed", SEED)
-        checkpoint = str(self.folder / f"checkpoint{place}")
-        save = {
-            "folder": checkpoint,
-            "flags": [str(flag) for flag in (*run, *rows, *MODEL, *case.flags)],
-            "world_size": case.ranks,
-            "iteration": case.iteration,
-            "consumed": case.consumed,
-        }
-        check = [checkpoint, *map(str, case.given)]
-        return {"save": save, "check": check, "defect": case.defect}
+    original = ArgumentGroupFactory._get_field_docstrings
+    cpu.remember_docstrings()
+    yield
+    ArgumentGroupFactory._get_field_docstrings = original
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("resume"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("resume")
+    store = write_store(folder / "store", random_samples(150, seed=5)).path
+    data = ("--megasft-data", store, "--calculate-per-token-loss", "--lr", 1e-3)
+    rows = ("--seq-length", ROW_TOKENS, "--seed", SEED, "--micro-batch-size", 1)
+    runs = {}
+    for name, (flags, ranks, iteration, consumed) in SAVED.items():
+        run = (*data, *rows, *MODEL, *flags)
+        place = folder / name.replace(" ", "-")
+        runs[name] = save_run(place, run, ranks=ranks, iteration=iteration, consumed=consumed)
+    return SimpleNamespace(store=store, flags=(*data, *rows, *MODEL, *EIGHT), runs=runs)
 
 
-def counts(out: str) -> dict[str, int]:
-    """Return the counts of rows: before, to come, repeated, skipped."""
-    found = re.search(
-        r"([\d,]+) rows trained before, ([\d,]+) still to come, (\d+) repeated, (\d+) skipped", out
-    )
-    assert found, out
-    numbers = [int(number.replace(",", "")) for number in found.groups()]
-    return dict(zip(("before", "to come", "repeated", "skipped"), numbers, strict=True))
+@pytest.fixture(autouse=True)
+def keep_loggers() -> Iterator[None]:
+    logger = logging.getLogger("megasft")
+    before = logger.handlers[:]
+    yield
+    logger.handlers[:] = before
 
 
 def next_rows(out: str) -> list[int]:
-    """Return the rows of the next step, of all ranks shown."""
-    lines = re.findall(r"data-parallel rank \d+: rows ([\d, ]+)", out)
-    return [int(row) for line in lines for row in line.strip(", ").split(",")]
+    found = re.search(r"iteration ([\d,]+) trains ([\d,]+) rows: ([\d, ]+)", out)
+    assert found, out
+    return [int(row) for row in found[3].split(",")]
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_each_row_is_trained_once_on_any_layout_and_the_next_step_is_the_plans(
-    world: World, name: str
+@pytest.mark.parametrize(
+    ("name", "given", "num_rows"),
+    [
+        ("plain", (), 8),
+        ("plain", LAYOUT, 8),
+        ("plain", ("--global-batch-size", 12, KEEP_RATE), 12),
+        ("second epoch", ("--world-size", 4), 8),
+        ("epoch's end", ("--world-size", 1), 2),
+        ("growing", ("--world-size", 4, "--micro-batch-size", 2), 8),
+        ("growing", ("--global-batch-size", 16, KEEP_RATE), 16),
+        ("cost window", ("--world-size", 4), 8),
+        ("packings", (), 8),
+    ],
+)
+def test_the_next_rows_are_those_the_plan_has_at_the_position_on_any_layout(
+    megasft: Command, world: SimpleNamespace, name: str, given: tuple[object, ...], num_rows: int
 ) -> None:
-    seen, consumed = world.seen[f"exact: {name}"], EXACT[name].consumed
-    assert seen.code == 0, seen.err
-    num = counts(seen.out)
-    assert num["repeated"] == num["skipped"] == 0
-    assert "each row is trained exactly once an epoch" in seen.out
-    if name in ("packings", "cost window"):
-        return  # their orders are tested in tests/unit/packing
-    plan = plan_rows(open_store(world.store), row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED)
-    assert len(plan) == NUM_ROWS
-    epochs = 2 if consumed == NUM_ROWS else 1
-    assert num["before"] + num["to come"] == epochs * NUM_ROWS
-    assert num["before"] == (consumed if epochs == 2 else consumed % NUM_ROWS)
-    rows, order = next_rows(seen.out), plan.order(seed=SEED)
-    assert f"made.jsonl:{plan.rows[rows[0]][0] + 1}" in seen.out
-    if name != "batch of more than an epoch":  # printed in part
-        assert len(rows) == NEXT_SIZE.get(name, 8)
-        assert sorted(rows) == sorted(order[k] for k in range(consumed, consumed + len(rows)))
+    seen, consumed = megasft("resume-check", world.runs[name], *given), SAVED[name].consumed
+    assert seen.code == 0, seen.out + seen.err
+    plan = plan_rows(
+        open_store(world.store),
+        row_tokens=ROW_TOKENS,
+        align_tokens=8,
+        seed=SEED,
+        num_packings=2 if name == "packings" else 1,
+    )
+    order = plan.order(seed=SEED, window=CostWindow(3, 8) if name == "cost window" else None)
+    rows = next_rows(seen.out)
+    assert rows == [order[k] for k in range(consumed, consumed + num_rows)]
+    assert f"made.jsonl:{plan.rows[rows[0]][0] + 1} (sample {plan.rows[rows[0]][0]}" in seen.out
+    assert "Traceback" not in seen.err and "INFO" not in seen.err
 
 
-def test_rows_of_steps_that_cannot_be_replayed_are_told(world: World) -> None:
-    told = "rows before were trained by steps of another batch size"
-    assert f"\n4 {told}" in world.seen["exact: batch changed before"].out
-    assert told not in world.seen["exact: in the ramp"].out
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("plain", f"iteration 3, 24 rows consumed, epoch 1, 24 of its {NUM_ROWS} rows"),
+        ("second epoch", f"72 rows consumed, epoch 2, {72 - NUM_ROWS} of its {NUM_ROWS} rows"),
+        ("epoch's end", f"{NUM_ROWS} rows consumed, epoch 2, at its start"),
+    ],
+)
+def test_the_place_of_a_run_is_told_in_epochs(
+    megasft: Command, world: SimpleNamespace, name: str, place: str
+) -> None:
+    assert place in megasft("resume-check", world.runs[name], "--show-rows", 0).out
 
 
-def test_both_layouts_and_changed_flags_stand_side_by_side(world: World) -> None:
-    out = world.seen["exact: TP, PP and CP"].out
-    for line in ("ranks +4 +16", "data parallel +4 +2", "tensor parallel +1 +2"):
-        assert re.search(line, out), line
-    assert re.search("--context-parallel-size +1 +2", out)
-    assert re.search("global batch +8 +12", world.seen["exact: batch grown by half"].out)
-    ramp = world.seen["exact: ramp replaced"].out
-    assert re.search(r"--step-batch-size-schedule +0:4 768:8 2304:16 +\(none\)", ramp)
+def test_an_epoch_of_several_packings_has_rows_of_its_own(
+    megasft: Command, world: SimpleNamespace
+) -> None:
+    plan = plan_rows(
+        open_store(world.store), row_tokens=ROW_TOKENS, align_tokens=8, seed=SEED, num_packings=2
+    )
+    first, second = np.diff(plan.stages).tolist()
+    out = megasft("resume-check", world.runs["packings"]).out
+    assert f"epoch 2, {72 - first} of its {second} rows" in out
 
 
-def test_a_row_trained_late_is_counted_as_skipped_and_its_step_is_named(world: World) -> None:
-    seen = world.seen["wrong: a row late"]
+def test_what_changes_is_named_with_both_values_and_nothing_else(
+    megasft: Command, world: SimpleNamespace
+) -> None:
+    def changes(name: str, *given: object) -> list[tuple[str, ...]]:
+        out = megasft("resume-check", world.runs[name], *given).out
+        return re.findall(r"resume-next: (\S.*): (\S.*) in the checkpoint, (.*) now", out)
+
+    assert changes("plain") == []
+    assert changes("plain", *LAYOUT) == [
+        ("ranks", "2", "16"),
+        ("--context-parallel-size", "1", "2"),
+        ("--pipeline-model-parallel-size", "1", "2"),
+        ("--tensor-model-parallel-size", "1", "2"),
+    ]
+    assert changes("plain", "--seed", SEED, "--lr", 1e-3) == [], "given again, and the same"
+    replaced = changes("growing", "--global-batch-size", 16, KEEP_RATE)
+    assert ("--step-batch-size-schedule", "0:4 768:8 2304:16", "None") in replaced
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ((), ("learning rate 0.00075; 9 steps to come",)),
+        (("--lr", 4e-4, "--override-opt-param-scheduler"), ("learning rate 0.0003; 9 steps",)),
+        (
+            ("--lr", 4e-4, KEEP_RATE),
+            ("learning rate 0.00075; 9 steps", "the learning rate of the checkpoint: --lr 0.001, "),
+        ),
+        (
+            ("--megasft-epochs", 3),
+            ("the run was 12 iterations long and is 24 iterations now", "rate 0.000875; 21 steps"),
+        ),
+        (("--no-load-optim",), ("learning rate 0.001; 9", "the optimizer is not loaded")),
+        (("--train-iters", 3, KEEP_RATE), ("the run ends before its next step: 3 steps are done",)),
+    ],
+)
+def test_the_rate_of_the_next_step_is_that_of_the_schedule_that_holds(
+    megasft: Command, world: SimpleNamespace, given: tuple[object, ...], lines: tuple[str, ...]
+) -> None:
+    """Of a linear decay of 12 steps three are done; 3/4 of the rate are left."""
+    seen = megasft("resume-check", world.runs["plain"], *given)
+    text = " ".join(seen.out.split())
+    assert seen.code == 0, text
+    for line in lines:
+        assert line in text, text
+
+
+REFUSED: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "seed": (
+        *("plain", ("--seed", 12)),
+        r"trained on other rows \(checkpoint: seed 11, this run: seed 12\)",
+    ),
+    "cost window": (
+        *("plain", ("--megasft-cost-window", 4)),
+        "checkpoint: no cost window, this run: cost window 4 batches of 8 rows",
+    ),
+    "schedule": (
+        *("plain", ("--global-batch-size", 16)),
+        "192 and checkpointvalue 96 .* --use-checkpoint-opt-param-scheduler keeps",
+    ),
+    "learning rate": (
+        *("plain", ("--lr", 1e-4)),
+        "0.0001 and checkpointvalue 0.001 .* --override-opt-param-scheduler takes that of the flag",
+    ),
+    "longer, and another rate": (
+        *("plain", ("--megasft-epochs", 3, "--lr", 1e-4)),
+        "will refuse the learning-rate schedule: .* --override-opt-param-scheduler takes that",
+    ),
+    "model": (
+        *("plain", ("--num-layers", 4)),
+        r"num_layers value from checkpoint \(2\) is not equal to the input argument value \(4\)",
+    ),
+    "ranks": (*("plain", ("--world-size", 3)), "--global-batch-size 8 is no multiple of 3"),
+    "ranks in the ramp": (
+        *("growing", ("--world-size", 3)),
+        r"batch size \(8\) is not divisible by micro_batch_size \(1\) \* data_parallel_size \(3\)",
+    ),
+    "unknown flag": (*("plain", ("--no-such-flag", 3)), "--no-such-flag is no flag"),
+    "no such flag to leave out": (
+        *("plain", ("--without", "sft-x")),
+        "--without --sft-x: the run was started without it",
+    ),
+    "by hand": (*("plain", ("--finetune",)), "set the position by hand, so nothing is resumed"),
+    "distributed optimizer": (
+        *("distributed", ()),
+        "cannot load a checkpoint of --use-distributed-optimizer",
+    ),
+    "moments of another form": (
+        *("distributed", ("--without", "use-distributed-optimizer")),
+        "was saved with --use-distributed-optimizer, and without the flag",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_resume_is_refused_and_the_difference_named(
+    megasft: Command, world: SimpleNamespace, case: str
+) -> None:
+    name, given, message = REFUSED[case]
+    seen = megasft("resume-check", world.runs[name], *given)
+    text = " ".join((seen.out + seen.err).split())
     assert seen.code == 1
-    assert counts(seen.out)["skipped"] == 1
-    assert "the step from row 24 on trains rows that are not its own" in seen.out
+    assert re.search(message, text), text
+    assert "Traceback" not in text
 
 
-def test_a_row_trained_in_the_wrong_step_is_found_though_each_is_trained_once(world: World) -> None:
-    seen = world.seen["wrong: two steps swapped"]
-    num = counts(seen.out)
-    assert (seen.code, num["repeated"], num["skipped"]) == (1, 0, 0)
-    assert "the step from row 24 on trains rows that are not its own" in seen.out
+def test_the_doctor_has_the_same_section_beside_its_own(
+    megasft: Command, world: SimpleNamespace, tmp_path: Path
+) -> None:
+    run = world.runs["plain"]
+    short = megasft("resume-check", run / "iter_0000003").out
+    whole = megasft("doctor", "--world-size", 2, *world.flags, "--load", run).out
+    section = [line for line in short.splitlines() if "resume-next" in line]
+    assert len(section) == 6, "place, step, rows, and the samples of three rows"
+    assert [line for line in whole.splitlines() if "resume-next" in line] == section
+    assert "an epoch is" in whole and "an epoch is" not in short
+    assert "resume-next" not in megasft("doctor", *world.flags, "--load", tmp_path).out
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_would_not_resume_is_refused_and_the_difference_named(world: World, name: str) -> None:
-    seen, message = world.seen[f"refused: {name}"], REFUSED[name][1]
-    assert seen.code == 1
-    assert re.search(message, seen.err), seen.err
+def test_a_checkpoint_without_the_flags_as_given_is_shown_without_comparing_them(
+    megasft: Command, world: SimpleNamespace, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(world.runs["plain"], older)
+    common = older / "iter_0000003" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    del state["args"].megasft_flags
+    torch.save(state, common)
+
+    seen = megasft("doctor", "--world-size", 4, *world.flags, "--load", older)
+
+    assert seen.code == 0, seen.out
+    assert "flags are not compared with those of the checkpoint" in seen.out
+    assert "ranks: 2 in the checkpoint, 4 now" in seen.out and len(next_rows(seen.out)) == 8
+    refused = megasft("resume-check", older)
+    assert refused.code == 1 and "megasft doctor --load" in refused.err

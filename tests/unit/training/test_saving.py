@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megasft.errors import FlagError
-from megasft.training import resume, saving
+from megasft.training import saving
 from megasft.training.retention import TRACKER
 
 
@@ -71,7 +71,7 @@ def test_a_complete_run_is_over_unless_its_flags_ask_for_more(
     finished: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], is_over: bool
 ) -> None:
     state = {"args": SimpleNamespace(consumed_train_samples=48)}
-    monkeypatch.setattr(resume, "read_state", lambda _: state)
+    monkeypatch.setattr(saving, "read_state", lambda _: state)
     assert saving.is_over(flags(finished, **changes)) is is_over
 
 
@@ -120,7 +120,7 @@ def test_a_run_that_would_end_at_once_with_most_of_its_rows_untrained_is_refused
 ) -> None:
     """Killed at step 6 of 10 with batches of 8; now two epochs are 5 steps of 16."""
     state = {"args": SimpleNamespace(consumed_train_samples=48, global_batch_size=8)}
-    monkeypatch.setattr(resume, "read_state", lambda _: state)
+    monkeypatch.setattr(saving, "read_state", lambda _: state)
     with pytest.raises(FlagError, match=r"48 rows in 6 steps of 8, .* 5 steps of 16 long, .* 80 r"):
         saving.check_steps_left(flags(finished, train_iters=5, global_batch_size=16))
     for fine in ({"train_iters": 6}, {"train_iters": 3, "global_batch_size": 16}):

@@ -22,13 +22,17 @@ from megasft.run import start
 from megasft.training import arguments
 from tests.other_writer import other_writer
 from tests.unit.checks.run.conftest import MODEL_FLAGS, World
+from tests.unit.saved_run import save_run
 
 pytestmark = pytest.mark.slow  # imports the real Megatron
 
 
 @pytest.fixture(scope="module", autouse=True)
 def trained(run_world: World) -> None:
-    """Add a checkpoint of other rows: what Megatron keeps beside tensors, the flags among it."""
+    """Add checkpoints of other rows and of the same: what Megatron keeps beside tensors."""
+    run_world.resumable = save_run(
+        run_world.folder / "resumable", run_world.flags(), iteration=10, consumed=40
+    )
     run_world.trained = run_world.folder / "trained"
     iteration = run_world.trained / "iter_0000010"
     iteration.mkdir(parents=True)
@@ -262,6 +266,13 @@ WRONG: dict[str, Wrong] = {
         {"load": "{trained}"},
         r"was trained on other rows \(checkpoint: store another, this run: store ",
         ("resume",),
+    ),
+    "another rate on resume": Wrong(
+        {"load": "{resumable}", "lr": 2e-3},
+        r"refuse the learning-rate schedule: .*0.002 and checkpointvalue 0.001 .*; "
+        "--use-checkpoint-opt-param-scheduler keeps the schedule of the checkpoint, "
+        "--override-opt-param-scheduler takes that of the flags",
+        ("resume-refused",),
     ),
     "nowhere to save": Wrong(
         {"save": "{store}/store.json/run"},
