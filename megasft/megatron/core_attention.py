@@ -6,7 +6,8 @@ host, so that no attention layer has to read them back from a device.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -26,25 +27,49 @@ class PackedRow(PackedSeqParams):
 
     Attributes:
         layout: The row's borders and cut, and what the layers derive from them.
+        positions: int64 [T], on the device. Place of each of the shard's tokens in its document.
+        rope: Rotates heads in core attention; None where Megatron rotates, or nothing does.
+        gathered: What the rope took from its table for this row; filled by the first layer.
+        shifts: How multi-token prediction shifts this row; filled by its first shift.
     """
 
     layout: RowLayout
+    positions: torch.Tensor
+    rope: Any = None
+    gathered: list[Any] = field(default_factory=list)
+    shifts: list[Any] = field(default_factory=list)
+
+    def rotation(self, dtype: torch.dtype) -> Any:
+        """Return what rotates the heads of this row, made once."""
+        if not self.gathered:
+            self.gathered.append(self.rope.rotation(self.positions, self.max_seqlen_q, dtype))
+        return self.gathered[0]
+
+    def shift(self, make: Callable[[RowLayout], Any]) -> Any:
+        """Return how this row is shifted by a token, made once."""
+        if not self.shifts:
+            self.shifts.append(make(self.layout))
+        return self.shifts[0]
 
 
 def packed_row(
-    cu_seqlens: torch.Tensor, *, device: torch.device, cp_rank: int, cp_size: int
+    cu_seqlens: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    cp_rank: int,
+    cp_size: int,
 ) -> PackedRow:
     """Describe a flat micro-batch to Megatron and to our attention.
 
     Args:
         cu_seqlens: int32 [D + 1], CPU. Aligned document borders of the whole micro-batch.
-        device: Where Megatron wants its copy.
+        positions: int64 [T], on the device. Place of each of the shard's tokens in its document.
         cp_rank: This rank's place in its context-parallel group.
         cp_size: Ranks that share a row.
     """
     borders = tuple(cu_seqlens.tolist())
     longest = max(b - a for a, b in pairwise(borders))
-    on_device = cu_seqlens.to(device, non_blocking=True)
+    on_device = cu_seqlens.to(positions.device, non_blocking=True)
     return PackedRow(
         qkv_format="thd",
         cu_seqlens_q=on_device,
@@ -56,6 +81,7 @@ def packed_row(
         layout=RowLayout(
             borders=borders, cp_rank=cp_rank, cp_size=cp_size, device=on_device.device
         ),
+        positions=positions,
     )
 
 
@@ -82,6 +108,7 @@ class PackedCoreAttention(MegatronModule):
         # Multi-latent attention passes its own scale; kv_channels is not its head size.
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window = sliding_window(config, layer_number)
+        self.is_rotated = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
 
     def forward(
         self,
@@ -109,6 +136,9 @@ class PackedCoreAttention(MegatronModule):
         """
         if packed_seq_params is None or attention_bias is not None:
             raise FlagError("megasft attention computes packed rows without attention bias only")
+        if packed_seq_params.rope is not None and self.is_rotated:
+            rotation = packed_seq_params.rotation(query.dtype)
+            query, key = rotation.of(query), rotation.of(key)
         row = packed_seq_params.layout
         context = self.attend(
             query,

@@ -200,7 +200,7 @@ def forward(model: Any, case: Case) -> torch.Tensor | None:
     from megasft.megatron.core_attention import packed_row
 
     tokens, positions, borders = case.row
-    row = packed_row(borders, device=torch.device("cpu"), cp_rank=0, cp_size=1)
+    row = packed_row(borders, positions[0], cp_rank=0, cp_size=1)
     if not groups.is_pipeline_first_stage():
         cut = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
         received = torch.empty(tokens.shape[1] // cut, 1, model.config.hidden_size)

@@ -106,7 +106,7 @@ def _losses(args: Any, model: Any, host_batch: SFTBatch, batch: SFTBatch) -> tor
         attention_mask=None,
         labels=batch.labels.unsqueeze(0),
         packed_seq_params=packed_row(
-            host_batch.cu_seqlens, device=device, cp_rank=cp_rank, cp_size=cp_size
+            host_batch.cu_seqlens, batch.position_ids, cp_rank=cp_rank, cp_size=cp_size
         ),
         **extra,
     )

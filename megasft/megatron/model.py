@@ -4,7 +4,10 @@ from functools import partial
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -19,6 +22,7 @@ from megasft.megatron.core_attention import PackedCoreAttention
 from megasft.megatron.flags import attention_backend, uses_te_spec
 from megasft.megatron.model_builder import SFTModelConfig
 from megasft.megatron.norm import replace_norms, torch_norm
+from megasft.megatron.row_rope import PackedLatentAttention
 
 
 def model_config(args: Any) -> GPTModelConfig:
@@ -50,6 +54,7 @@ def model_config(args: Any) -> GPTModelConfig:
                 "use --transformer-impl transformer_engine, or TP 1 with EP, PP, CP and DP"
             )
         config.transformer_layer_spec = partial(_layer_spec, backend=backend)
+        config.megasft_rotates_rows = not config.transformer.apply_rope_fusion
     # Rows of a micro-batch are laid end to end, [rows * tokens, 1, hidden], where Megatron's
     # pipeline expects [tokens, rows, hidden]; let the stages tell each other the shape.
     config.transformer.variable_seq_lengths = (
@@ -90,6 +95,9 @@ def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, backend:
     replace_norms(spec)
     for layer in spec.layer_specs:
         replace_norms(layer.submodules)
+        is_latent = layer.submodules.self_attention.module is MLASelfAttention
+        if is_latent and not config.transformer.apply_rope_fusion:
+            layer.submodules.self_attention.module = PackedLatentAttention
         attention = layer.submodules.self_attention.submodules
         replace_norms(attention)
         # A spec, not a partial: multi-latent attention builds its parts with build_module.

@@ -21,6 +21,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megasft.megatron import rope
 from megasft.megatron.norm import replace_norms
+from megasft.megatron.row_rope import rotate_rows
+from megasft.megatron.row_shift import replace_roll
 
 
 @dataclass(kw_only=True)
@@ -30,10 +32,13 @@ class SFTModelConfig(GPTModelConfig):
     Attributes:
         megasft_rope_scaling: The flag's JSON, which Megatron can write into a checkpoint; None for
             rope that Megatron scales itself or not at all.
+        megasft_rotates_rows: Whether the rope of a packed row is one gather; without it Megatron's
+            own, which Transformer Engine fuses.
     """
 
     builder: ClassVar[str] = "megasft.megatron.model_builder.SFTModelBuilder"
     megasft_rope_scaling: str | None = None
+    megasft_rotates_rows: bool = False
 
 
 class SFTModelBuilder(GPTModelBuilder):
@@ -55,6 +60,8 @@ class SFTModelBuilder(GPTModelBuilder):
         if config.megasft_rope_scaling is not None:
             scaling = rope.parse(config.megasft_rope_scaling)
             rope.scale(model, scaling, base=config.rotary_base)
+        if config.megasft_rotates_rows:
+            rotate_rows(model)
         return model
 
     def _build_with_mtp(
@@ -66,6 +73,7 @@ class SFTModelBuilder(GPTModelBuilder):
     ) -> Any:
         """Mirror ``GPTModelBuilder.build_model`` of 0.19.2, with our layers in the MTP block."""
         config = self._model_config
+        replace_roll()
         layers = config.transformer_layer_spec(config, vp_stage=vp_stage)
         mtp = get_gpt_mtp_block_spec(
             config.transformer, layers, use_transformer_engine=False, vp_stage=vp_stage

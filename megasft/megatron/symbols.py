@@ -111,6 +111,10 @@ USED: Final = (
 
 REPLACED: Final = (
     Symbol(
+        "megatron.core.transformer.multi_token_prediction:roll_tensor",
+        "shifts a packed row document by document; ours shifts it at once",
+    ),
+    Symbol(
         "megatron.core.datasets.utils:compile_helpers",
         "runs make in the package, which the wheel ships without a Makefile",
     ),

@@ -43,7 +43,7 @@ def main() -> None:
         chunks = builder.build_distributed_models(groups, wrap_with_ddp=False)
         modules = [module for chunk in chunks for module in chunk.modules()]
         found = {
-            "inv_freq": [chunk.rotary_pos_emb.inv_freq for chunk in chunks],
+            "inv_freq": [chunk.rotary_pos_emb.rotary.inv_freq for chunk in chunks],
             "scale": [each.scale for each in modules if isinstance(each, PackedCoreAttention)],
         }
         torch.save(found, folder / f"{number}_{torch.distributed.get_rank()}.pt")

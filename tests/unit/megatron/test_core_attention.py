@@ -30,7 +30,7 @@ def core_attention(settings: TransformerConfig, **more: Any) -> PackedCoreAttent
 
 def one_document(tokens: int) -> PackedRow:
     borders = torch.tensor([0, tokens], dtype=torch.int32)
-    return packed_row(borders, device=torch.device("cpu"), cp_rank=0, cp_size=1)
+    return packed_row(borders, torch.arange(int(borders[-1])), cp_rank=0, cp_size=1)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_windows_are_megatrons_layer_by_layer() -> None:
 def test_a_layers_window_reaches_the_backend(backend: str, left: int) -> None:
     query, key, value = torch.randn(3, 16, 4, 8, generator=torch.Generator().manual_seed(0))
     borders = torch.tensor([0, 4, 16], dtype=torch.int32)
-    row = packed_row(borders, device=torch.device("cpu"), cp_rank=0, cp_size=1)
+    row = packed_row(borders, torch.arange(int(borders[-1])), cp_rank=0, cp_size=1)
     layer = core_attention(config(window_size=(left, 0)), backend=backend)
     before = layer(query, key, value, packed_seq_params=row)
     value[6] += 1.0
