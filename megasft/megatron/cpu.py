@@ -102,6 +102,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             device = kwargs["device"]
             is_index = isinstance(device, int) and not isinstance(device, bool)
             kwargs = kwargs | {"device": "cpu" if is_index else _on_cpu(device)}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}
         if func in _REWRITTEN:
             return self._rewritten(func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)

@@ -78,6 +78,7 @@ assert cpu.prepare() and cpu.prepare() and cpu.is_needed()
 assert torch.zeros(2, device="cuda").device.type == "cpu"
 assert torch.full((2,), 0, device=torch.cuda.current_device()).device.type == "cpu"
 assert torch.zeros(2).to(device=torch.cuda.current_device()).device.type == "cpu"
+assert not torch.tensor([1], device="cpu", pin_memory=True).cuda(non_blocking=True).is_pinned()
 assert torch.zeros(2).to(device="cuda:0", dtype=torch.int8).dtype == torch.int8
 assert torch.zeros(2).to(torch.device("cuda"), torch.int8).dtype == torch.int8
 assert torch.ones(1).cuda().to("cuda:0").to(torch.device("cuda", 0)).device.type == "cpu"
