@@ -54,7 +54,7 @@ MODELS: Final = {
     "mtp": (*SIZES, *GROUPED, "--mtp-num-layers", "1"),
 }
 RUN: Final = (
-    *("--seq-length", str(ROW_TOKENS), "--micro-batch-size", "1", "--global-batch-size", "1"),
+    *("--micro-batch-size", "1", "--global-batch-size", "1"),
     *("--megasft-packer", "sequential", "--megasft-loss", "turn", "--calculate-per-token-loss"),
     *("--train-iters", "2", "--lr", "1e-3", "--log-interval", "1000", "--no-save-optim"),
     *("--megasft-spikes", "0"),
@@ -207,18 +207,18 @@ def replace_kernel() -> None:
     choice.KERNELS["stand_in"] = kernel  # type: ignore[index]
 
 
-def lengths_of(num_documents: int) -> list[int]:
+def lengths_of(num_documents: int, row_tokens: int) -> list[int]:
     """Return different lengths, multiples of 8, that fill a row; equal where there are too many."""
     if num_documents == 1:
-        return [ROW_TOKENS]
+        return [row_tokens]
     rng = np.random.default_rng(num_documents)
     shares = rng.dirichlet(np.ones(num_documents) * 2)
-    lengths = np.maximum(1, (shares * (ROW_TOKENS // 8 - num_documents)).astype(int)) * 8
-    lengths[-1] += ROW_TOKENS - lengths.sum()
+    lengths = np.maximum(1, (shares * (row_tokens // 8 - num_documents)).astype(int)) * 8
+    lengths[-1] += row_tokens - lengths.sum()
     return [int(length) for length in lengths]
 
 
-def write_store(folder: Path, num_documents: int) -> Path:
+def write_store(folder: Path, num_documents: int, row_tokens: int) -> Path:
     """Write a store whose samples fill one row."""
     from megasft.schema import Sample, turn_records
     from megasft.store import StoreWriter
@@ -226,7 +226,7 @@ def write_store(folder: Path, num_documents: int) -> Path:
     path = folder / f"documents_{num_documents}"
     rng = np.random.default_rng(0)
     with StoreWriter(path, vocab_size=VOCAB) as writer:
-        for line, length in enumerate(lengths_of(num_documents), 1):
+        for line, length in enumerate(lengths_of(num_documents, row_tokens), 1):
             tokens = rng.integers(0, VOCAB, length).astype(np.int32)
             turns = turn_records([(1 + length // 2, length - length // 2 - 1, 0, 1)])
             writer.add(Sample(tokens, turns), source=0, line=line)
@@ -242,8 +242,8 @@ def count_runs(runs: Sequence[dict[str, Any]]) -> None:
     cpu.prepare()
     cpu.remember_docstrings()
     replace_kernel()
+    from megasft.megatron.worker import forget
     from megasft.pretrain_sft import run
-    from megasft.proof.worker import forget
 
     for entry in runs:
         counting = Counting()
@@ -255,20 +255,28 @@ def count_runs(runs: Sequence[dict[str, Any]]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def count(models: Sequence[str], cp_sizes: Sequence[int]) -> dict[tuple[Any, ...], Count]:
+def count(
+    models: Sequence[str],
+    cp_sizes: Sequence[int],
+    *,
+    documents: Sequence[int] = DOCUMENTS,
+    layers: Sequence[int] = LAYERS,
+    row_tokens: int = ROW_TOKENS,
+) -> dict[tuple[Any, ...], Count]:
     """Return counts by model, CP size, documents and layers."""
     from megasft.ranks.group import start
 
     found: dict[tuple[Any, ...], Count] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stores = {n: write_store(folder, n) for n in DOCUMENTS}
+        stores = {n: write_store(folder, n, row_tokens) for n in documents}
         for cp_size in cp_sizes:
             runs = {}
-            for key in ((m, cp_size, n, k) for m in models for n in DOCUMENTS for k in LAYERS):
-                model, _, documents, layers = key
-                flags = [*MODELS[model], *RUN, "--num-layers", str(layers)]
-                flags += ["--megasft-data", str(stores[documents])]
+            for key in ((m, cp_size, n, k) for m in models for n in documents for k in layers):
+                model, _, num_documents, num_layers = key
+                flags = [*MODELS[model], *RUN, "--num-layers", str(num_layers)]
+                flags += ["--megasft-data", str(stores[num_documents])]
+                flags += ["--seq-length", str(row_tokens)]
                 flags += ["--context-parallel-size", str(cp_size)]
                 runs[key] = {"flags": flags, "output": str(folder / f"{len(found) + len(runs)}")}
             wanted = folder / "runs.json"

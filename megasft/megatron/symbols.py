@@ -84,6 +84,15 @@ USED: Final = (
         "scaled rope: the frequencies",
     ),
     Symbol(
+        "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:"
+        "_yarn_get_concentration_factor_from_config",
+        "what attention multiplies YaRN's cos and sin by, which row_rope.py does in its place",
+    ),
+    Symbol(
+        "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_emb",
+        "the table of angles that row_rope.py indexes by position",
+    ),
+    Symbol(
         "megatron.core.transformer.transformer_layer:TransformerLayer.layer_number",
         "names of parameters in the whole model, for --megasft-freeze; counts from 1",
     ),
@@ -134,6 +143,23 @@ REPLACED: Final = (
 )
 
 MIRRORED: Final = (
+    Symbol(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+        "row_rope.py rotates heads by the same operations in the same order",
+    ),
+    Symbol(
+        "megatron.core.transformer.multi_latent_attention:"
+        "MLASelfAttention.get_query_key_value_tensors",
+        "row_rope.py gives it angles of each token and no boundaries, and counts on that path",
+    ),
+    Symbol(
+        "megatron.core.models.gpt.gpt_model:GPTModel._preprocess",
+        "asks its rope for a length with the row as last argument, and takes None for no embedding",
+    ),
+    Symbol(
+        "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
+        "row_shift.py computes the same at once",
+    ),
     Symbol(
         "megatron.training.models.gpt:GPTModelBuilder.build_model",
         "model_builder.py repeats it, with our layers in multi-token prediction",
