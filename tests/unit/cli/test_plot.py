@@ -11,6 +11,7 @@ from .conftest import Seen
 Megasft = Callable[..., Seen]
 
 
+@pytest.mark.slow
 def test_several_runs_make_one_picture(tmp_path: Path, megasft: Megasft) -> None:
     one = run(tmp_path / "turn" / "log", *(3.0 - n / 50 for n in range(100)))
     two = run(tmp_path / "token" / "log", 2.5)

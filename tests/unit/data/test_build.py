@@ -133,6 +133,7 @@ def test_a_store_that_is_there_is_kept_unless_overwritten(
     assert len(open_store(tmp_path / "store")) == 2
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_store_do_not_depend_on_the_number_of_workers(
     tmp_path: Path,
     tokenizer_dir: Path,

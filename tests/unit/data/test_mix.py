@@ -208,6 +208,7 @@ def ignore(_done: int, _total: int) -> None:
     """Report nothing."""
 
 
+@pytest.mark.slow
 def test_memory_does_not_hold_the_texts(write_jsonl: WriteJsonl) -> None:
     """2,000 records of 10 kB; some 60 bytes of each are kept."""
     path = write_jsonl(*(record(i, note="x" * 10_000) for i in range(2_000)))

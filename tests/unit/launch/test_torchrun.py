@@ -94,6 +94,7 @@ sys.exit(10 + len(heard))
 """A torchrun that drops a signal: an error raised while it writes a log line is dropped."""
 
 
+@pytest.mark.slow
 def test_a_torchrun_that_drops_a_signal_gets_it_again_until_it_has_heard_one(
     start: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ def seen(folder: Path, shape: BatchShape) -> Forecast:
     return forecast(store, plan, Run(shape, seed=1), LLAMA_8B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [BatchShape(8, 2, 1), BatchShape(1, 1, 1), BatchShape(9, 2, 1)])
 def test_a_picture_is_drawn_whatever_there_is_to_balance(shape: BatchShape, tmp_path: Path) -> None:
     plot_forecast(seen(tmp_path, shape), tmp_path / "plan.png")

@@ -232,7 +232,11 @@ def test_errors_come_first_then_shares() -> None:
 
 @needs_data
 @pytest.mark.parametrize(
-    ("file", "num"), [("gsm8k/train.jsonl", 7473), ("sharegpt/dummy_conversation.json", 500)]
+    ("file", "num"),
+    [
+        pytest.param("gsm8k/train.jsonl", 7473, marks=pytest.mark.slow),
+        ("sharegpt/dummy_conversation.json", 500),
+    ],
 )
 def test_real_data_has_no_error(file: str, num: int, tokenizer_dir: Path) -> None:
     report = lint_files((DATA / file,), LintOptions(tokenizer_dir, num_sampled=200))
