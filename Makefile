@@ -8,10 +8,10 @@ help: ## show this list
 venv: ## make .venv (once; needs Python >= 3.12 and 5 GB, about two minutes)
 	@tools/make_venv.sh
 
-check: venv ## format, lint, types, layers, file sizes and the fast tests (under 4 minutes)
+check: venv ## format, lint, types, layers, file sizes and the fast tests (about 2 minutes)
 	@tools/check
 
-test: venv ## the tests, the real Megatron on CPUs included (under 20 minutes on 2 cores)
+test: venv ## the tests, the real Megatron on CPUs included (about 12 minutes on 2 cores)
 	@tools/test
 
 test-all: venv ## all tests, long ones too, then the whole proof into build/proof.md (under 50 minutes)
