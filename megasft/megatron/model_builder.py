@@ -6,6 +6,8 @@ scaling it knows for Llama 3.1 alone. A config that names another builder is Meg
 change that; without MTP, its builder does all the work but the frequencies.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_first_stage,
     is_vp_last_stage,
 )
+from megatron.core.tensor_parallel import layers as local_layers
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megasft.megatron import rope
@@ -53,10 +56,12 @@ class SFTModelBuilder(GPTModelBuilder):
     ) -> Any:
         """Build one pipeline stage, or one virtual chunk of it."""
         config = self._model_config
-        if not config.transformer.mtp_num_layers or config.transformer_layer_spec is None:
-            model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        else:
-            model = self._build_with_mtp(pg_collection, pre_process, post_process, vp_stage)
+        build = super().build_model
+        if config.transformer.mtp_num_layers and config.transformer_layer_spec is not None:
+            build = self._build_with_mtp
+        with _local_layers_unfused(config.transformer) as leave_unfused:
+            model = build(pg_collection, pre_process, post_process, vp_stage)
+            leave_unfused(model)
         if config.megasft_rope_scaling is not None:
             scaling = rope.parse(config.megasft_rope_scaling)
             rope.scale(model, scaling, base=config.rotary_base)
@@ -105,3 +110,32 @@ class SFTModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             **{name: getattr(config, name) for name in same},
         )
+
+
+@contextmanager
+def _local_layers_unfused(transformer: Any) -> Iterator[Callable[[Any], None]]:
+    """Let local linear layers be built, and compute, without the kernel they would fuse with.
+
+    Transformer Engine's layers add their weights' gradients to the accumulated ones by themselves.
+    The output layer is Megatron's own in every model, needs Apex for that, and raises without it:
+    it accumulates by an operator more, the others stay fused.
+
+    Yields:
+        What a model that was built is given to.
+    """
+    is_missing = not local_layers._grad_accum_fusion_available
+    if not (transformer.gradient_accumulation_fusion and is_missing):
+        yield lambda model: None
+        return
+    linear = (local_layers.ColumnParallelLinear, local_layers.RowParallelLinear)
+
+    def leave_unfused(model: Any) -> None:
+        for layer in model.modules():
+            if isinstance(layer, linear):
+                layer.gradient_accumulation_fusion = False
+
+    local_layers._grad_accum_fusion_available = True
+    try:
+        yield leave_unfused
+    finally:
+        local_layers._grad_accum_fusion_available = False

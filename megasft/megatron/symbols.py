@@ -120,6 +120,11 @@ USED: Final = (
 
 REPLACED: Final = (
     Symbol(
+        "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
+        "says for the time a model is built that Apex's kernel is there, which the output layer "
+        "asks for and is then told not to use",
+    ),
+    Symbol(
         "megatron.core.transformer.multi_token_prediction:roll_tensor",
         "shifts a packed row document by document; ours shifts it at once",
     ),

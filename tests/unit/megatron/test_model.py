@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.one_rank import validated
+from tests.one_rank import one_rank, validated
 
 
 def config_of(*flags: str, world_size: int = 1) -> Any:
@@ -43,3 +43,25 @@ def test_stages_tell_each_other_shapes_where_any_micro_batch_has_several_rows(
         world_size=stages,
     )
     assert config.transformer.variable_seq_lengths is tell
+
+
+def test_a_model_that_fuses_is_built_without_apex_and_its_local_layers_do_not() -> None:
+    """Megatron's own output layer raises without Apex; Transformer Engine's layers fuse."""
+    args = validated()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megasft.megatron.model import model_config
+
+    config = model_config(args)
+    config.transformer.gradient_accumulation_fusion = True
+    with one_rank(args):
+        model_parallel_cuda_manual_seed(1)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        model = config.get_builder_cls()(config).build_model(groups, True, True)
+        local = [x for x in model.modules() if isinstance(x, layers.ColumnParallelLinear)]
+        assert model.output_layer in local and len(local) == 5
+        assert not any(layer.gradient_accumulation_fusion for layer in local)
+        assert config.transformer.gradient_accumulation_fusion
+    assert not layers._grad_accum_fusion_available
