@@ -108,7 +108,7 @@ def work(folder: Path, command: str, *arguments: str) -> int:
 
     megatron_checkpoint.import_megatron()
     commands = {"hf_to_megatron": hf_to_megatron.main, "megatron_to_hf": megatron_to_hf.main}
-    code = commands[command](arguments) if command in commands else 0
+    code = commands[command](arguments, worker=None) if command in commands else 0
     # Not getrusage: its peak is inherited from the process that started this one.
     status = Path("/proc/self/status").read_text()
     kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
