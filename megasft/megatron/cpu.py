@@ -68,7 +68,7 @@ def prepare(*, hide: Collection[str] = CUDA_ONLY) -> bool:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # the import system's "no"
     _redirect_devices()
     _stand_in_for_cuda()
-    _leave_out_compilers()
+    leave_out_compilers()
     _accept_tensor_splits()
     _accept_uneven_parts()
     _prepared = True
@@ -260,7 +260,9 @@ def _stand_in_for_cuda() -> None:
     torch.accelerator.is_available = _returning(False)
 
 
-def _leave_out_compilers() -> None:
+def leave_out_compilers() -> None:
+    """Let functions be as they are written: torch's compilers ask for the accelerator."""
+
     def as_it_is(function: Any = None, *args: Any, **kwargs: Any) -> Any:
         return function if callable(function) else (lambda wrapped: wrapped)
 
